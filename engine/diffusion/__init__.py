@@ -1,0 +1,1 @@
+"""Diffusion on tensors and callables: schedule, denoiser, loss, samplers, noise. No modules, no files."""
