@@ -1,0 +1,80 @@
+"""The layers that mix: pixels of a frame with each other and with the text, and frames of a pixel with each other."""
+
+import torch
+from dreamix_kernels import group_norm_silu, spatial_attention, temporal_attention, temporal_conv
+from torch import Tensor, nn
+
+from .embeddings import RelativePositionBias
+
+
+class SpatialAttention(nn.Module):
+    """Attention within each frame, text tokens appended to keys and values (Imagen App. B).
+
+    Shapes: x [B, T, H, W, C], text [B, L, context], text_mask [B, L] -> like x
+    """
+
+    def __init__(self, channels: int, head_dim: int, context: int):
+        super().__init__()
+        self.num_heads = channels // head_dim
+        self.norm = nn.LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.text_to_kv = nn.Linear(context, 2 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        H, W = x.shape[2:4]
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2, 3).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        text_k, text_v = self.text_to_kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        out = spatial_attention(q, k, v, text_k, text_v, text_mask)
+        return x + self.to_out(out.flatten(-2).unflatten(2, (H, W)))
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention along time, one sequence of T frames per pixel.   x [B, T, H, W, C] -> same
+
+    `independent_frames` [B] marks samples run as D^a (Sec. 4.2): a frame sees only itself. A softmax over one key is 1,
+    so those samples take their value projection, exactly. The module always runs, so ZeRO-3 fetches in one order.
+    """
+
+    def __init__(self, channels: int, head_dim: int, max_frames: int):
+        super().__init__()
+        self.num_heads = channels // head_dim
+        self.norm = nn.LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+        self.position_bias = RelativePositionBias(self.num_heads, max_frames)
+        nn.init.zeros_(self.to_out.weight)
+
+    def forward(self, x: Tensor, independent_frames: Tensor | None = None) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        out = temporal_attention(q, k, v, self.position_bias(x.shape[1]), independent_frames)
+        return x + self.to_out(out.flatten(-2))
+
+
+class TemporalConv(nn.Module):
+    """A residual convolution over three frames, bypassed for independent frames.   x [B, T, H, W, C] -> same
+
+    "Masking the residual temporal convolution blocks" (Sec. 4.2): for those samples the whole branch is left out.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels)
+        self.conv = nn.Conv1d(channels, channels, 3)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, independent_frames: Tensor | None = None) -> Tensor:
+        if independent_frames is None:
+            return x + self._branch(x)
+        video = (~independent_frames).nonzero().squeeze(1)
+        if video.numel() == 0:
+            # the parameters stay in the graph with a zero gradient: every rank of ZeRO-3 sees the same set
+            return x + 0 * sum(p.sum() for p in self.parameters()) if torch.is_grad_enabled() else x
+        return x.index_add(0, video, self._branch(x[video]))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        B = x.shape[0]
+        h = group_norm_silu(x.flatten(0, 1), self.norm.num_groups, self.norm.weight, self.norm.bias).unflatten(0, (B, -1))
+        return temporal_conv(h, self.conv.weight, self.conv.bias)

@@ -1,0 +1,25 @@
+"""Spatial attention: every pixel of a frame attends to the frame's pixels and to the text tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spatial_attention(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor | None = None, text_v: Tensor | None = None,
+                      text_mask: Tensor | None = None) -> Tensor:
+    """Self-attention within each frame, text tokens appended to keys and values.
+
+    Shapes: q, k, v [B, T, P, heads, head_dim] (P pixels); text_k, text_v [B, L, heads, head_dim]; text_mask bool [B, L], True for
+    real tokens -> like q.
+    Source: Imagen App. B ("concatenating text to the key-value pairs of each self-attention layer").
+    """
+    B, T, P, h, d = q.shape
+    mask = None
+    if text_k is not None:
+        L = text_k.shape[1]
+        k = torch.cat([k, text_k[:, None].expand(B, T, L, h, d)], 2)
+        v = torch.cat([v, text_v[:, None].expand(B, T, L, h, d)], 2)
+        if text_mask is not None:
+            mask = F.pad(text_mask, (P, 0), value=True)[:, None].expand(B, T, P + L).reshape(B * T, 1, 1, P + L)
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).unflatten(0, (B, T))

@@ -1,0 +1,35 @@
+"""Attention along time, one sequence of T frames per pixel; samples marked as independent frames take their values.
+
+A softmax over one key is 1, so for those samples (D^a of paper Sec. 4.2) the output IS V: their scores are never computed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, independent_frames: Tensor | None = None) -> Tensor:
+    """Softmax attention over T at each pixel, with an additive bias.
+
+    Shapes: q, k, v [B, T, H, W, heads, head_dim]; bias [heads, T, T]; independent_frames bool [B] or None -> like v.
+    Source: Imagen Video Sec. 2.1; the mask is Sec. 4.2 of Dreamix ("only pays attention within each frame").
+    """
+    if independent_frames is None:
+        return _attend(q, k, v, bias)
+    video = (~independent_frames).nonzero().squeeze(1)
+    if video.numel() == 0:
+        return v
+    if video.numel() == v.shape[0]:
+        return _attend(q, k, v, bias)
+    return v.index_copy(0, video, _attend(q[video], k[video], v[video], bias))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    B, T, H, W, h, d = v.shape
+
+    def sequences(x):                                     # a view: [B * H * W] cannot be folded without a copy when B > 1
+        return x.reshape(B, T, H * W, h, d).permute(0, 2, 3, 1, 4)
+
+    scores = torch.matmul(sequences(q) * d**-0.5, sequences(k).transpose(-1, -2)) + bias.to(q.dtype)
+    out = torch.matmul(F.softmax(scores, -1, dtype=torch.float32).to(v.dtype), sequences(v))
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, W, h, d)
