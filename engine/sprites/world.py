@@ -7,7 +7,8 @@ cascade has exact data. Shapes are signed distances and patterns are square wave
 """
 
 import math
-from dataclasses import dataclass, fields, replace as dataclass_replace
+from dataclasses import dataclass, fields
+from dataclasses import replace as dataclass_replace
 
 import torch
 from torch import Tensor
