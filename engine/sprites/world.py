@@ -31,7 +31,7 @@ COLOUR_RGB = torch.tensor(
     [[0.90, 0.10, 0.12], [0.08, 0.78, 0.18], [0.10, 0.25, 0.98], [0.98, 0.90, 0.08], [0.66, 0.10, 0.88], [0.08, 0.88, 0.92]])
 BACKGROUND_RGB = torch.tensor([[0.50, 0.50, 0.50], [0.56, 0.36, 0.22], [0.22, 0.26, 0.54], [0.44, 0.50, 0.20], [0.78, 0.46, 0.56]])
 SHADE = 0.18                                             # a pattern's two shades are the background's colour +- this
-BACKGROUND_GAIN = torch.tensor([[1.0, 1.0, 1.0], [0.55, 0.55, 0.55], [0.36, 0.38, 0.44]])       # normal, sketch, night
+BACKGROUND_GAIN = torch.tensor([[1.0, 1.0, 1.0], [0.55, 0.55, 0.55], [0.42, 0.43, 0.48]])       # normal, sketch, night
 BACKGROUND_LIFT = torch.tensor([[0.0, 0.0, 0.0], [0.42, 0.42, 0.42], [0.0, 0.0, 0.02]])         # sketch: towards paper white
 SPRITE_GAIN = torch.tensor([1.0, 1.0, 0.75])
 STRIPE_PERIOD, CHECKER_CELL = 8.0, 6.0                   # base pixels; vertical stripes
