@@ -7,10 +7,10 @@ import math
 
 from torch import Tensor
 
-from engine.diffusion.schedule import CosineSchedule, add_noise
+from engine.diffusion.schedule import COSINE, CosineSchedule, add_noise
 
 
-def augment(lowres: Tensor, aug_level: Tensor | float, eps: Tensor, schedule: CosineSchedule = CosineSchedule()) -> Tensor:
+def augment(lowres: Tensor, aug_level: Tensor | float, eps: Tensor, schedule: CosineSchedule = COSINE) -> Tensor:
     """The conditioning video at noise level aug_level, a time of the schedule: variance preserving, like z_s.
 
     Shapes: lowres, eps [B, T, H, W, C] -> same; aug_level a float or [B] in [0, 1]. Level 0 returns the input, bit for bit.
@@ -21,7 +21,7 @@ def augment(lowres: Tensor, aug_level: Tensor | float, eps: Tensor, schedule: Co
     return add_noise(lowres, eps, aug_level, schedule)
 
 
-def aug_level_from_snr(snr: float, schedule: CosineSchedule = CosineSchedule()) -> float:
+def aug_level_from_snr(snr: float, schedule: CosineSchedule = COSINE) -> float:
     """The level at which gamma^2 / sigma^2 = snr. Imagen Video samples at 3 or 5: levels 1/3 and 0.268 without a shift."""
     if not snr > 0:
         raise ValueError(f"snr: want a number above 0, got {snr}")

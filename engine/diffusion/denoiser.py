@@ -1,7 +1,8 @@
 """From a network's raw output to the clean video it means: D(z_s, s, ...) of the paper's Eq. 1.
 
-A network may predict v (the paper's cascade), eps or x0. With z = gamma x0 + sigma eps and v = gamma eps - sigma x0, any one of the three gives
-the other two. On the way: classifier-free guidance (weight 1 = off) and thresholding. All of it at least in float32, whatever the network uses.
+A network may predict v (the paper's cascade), eps or x0. With z = gamma x0 + sigma eps and v = gamma eps - sigma x0, any one of the
+three gives the other two. On the way: classifier-free guidance (weight 1 = off) and thresholding. All of it at least in float32, whatever
+the network uses.
 """
 
 import math
@@ -65,7 +66,7 @@ def static_threshold(x0: Tensor) -> Tensor:
 def dynamic_threshold(x0: Tensor, percentile: float = 0.995) -> Tensor:
     """Per sample: s = this percentile of |x0|, at least 1; clip to [-s, s] and divide by s. Keeps high guidance from saturating.
 
-    Shapes: x0 [B, T, H, W, C] -> same. s looks at the whole sample, so chunks of one video would each get their own: for stages sampled whole.
+    Shapes: x0 [B, T, H, W, C] -> same. s looks at the whole sample: chunks of one video would each get their own, so sample it whole.
     Source: Imagen, arXiv 2205.11487; the percentile from its Fig. A.10.
     """
     if not 0 < percentile <= 1:
@@ -105,8 +106,9 @@ def guidance_schedule(weight: float, oscillating: int | None = None) -> Callable
 class Denoiser:
     """A network made into what samplers call: (z, time, step) -> x0.
 
-    network(z, time): z [B, T, H, W, C], time [B] in z's device and float32 -> raw output like z, in any floating dtype. unconditional: the same
-    without the prompt; it is called only at steps whose guidance weight is not 1. guidance: a weight, or a function of the step.
+    network(z, time): z [B, T, H, W, C], time [B] on z's device, float32 -> raw output like z, in any floating dtype.
+    unconditional: the same without the prompt; it is called only at steps whose guidance weight is not 1.
+    guidance: a weight, or a function of the step.
     threshold: "static", "dynamic", "none" or a function x0 -> x0. Everything but the two networks runs at least in float32.
     Raises: ValueError for an unknown prediction or threshold, and for guidance that is not 1 without an unconditional network.
     """

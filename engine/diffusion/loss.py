@@ -21,7 +21,7 @@ def diffusion_loss(output: Tensor, x0: Tensor, eps: Tensor, time: Tensor | float
 
     Shapes: output, x0, eps [B, T, H, W, C]; time a float or [B] -> one loss per sample [B]; time [B, T] -> one per frame [B, T].
     weights, of that shape: returns the scalar sum(weights * loss) instead, so [alpha, 1 - alpha] is Eq. 4 on a batch [clip, its frames].
-    Losses that diverge at an end of time (x from an eps-network at 1, eps from an x0-network at 0) are bounded by the schedule's logsnr clip.
+    Losses that diverge at an end of time (x from an eps-network at 1, eps from an x0-network at 0) stop at the schedule's logsnr clip.
     Raises: ValueError for an unknown loss_space or prediction, or shapes that do not fit.
     Source: paper Eq. 1; the identities follow from z = gamma x + sigma eps, v = gamma eps - sigma x.
     """

@@ -1,7 +1,7 @@
 """Noise with an address: each frame's numbers depend on (seed, stage, step, frame) and on nothing else.
 
-One generator drawing in order would give other numbers as soon as a video is cut into chunks, a step is skipped or a batch is split. Here every
-frame opens its own counter-based generator, keyed by a hash of its address, so chunks, order, threads and devices never change a video.
+One generator drawing in order would give other numbers as soon as a video is cut into chunks, a step is skipped or a batch is split. Here
+every frame opens its own counter-based generator, keyed by a hash of its address: chunks, order, threads and devices never change a video.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ def frame_noise(seed: int, stage: str, step: int | str, frames: Sequence[int], s
                 threads: int | None = None) -> Tensor:
     """Standard normal noise for some frames of one video.
 
-    shape (H, W, C) -> [T, H, W, C] float32 on the CPU, T = len(frames). step: the sampler's step, or the name of another stream ("init" for the
-    noise a stage starts from, "aug" for its conditioning): all are independent. frames: absolute indices, in any order.
+    shape (H, W, C) -> [T, H, W, C] float32 on the CPU, T = len(frames). step: the sampler's step, or the name of another stream
+    ("init" for the noise a stage starts from, "aug" for its conditioning): all are independent. frames: absolute indices, in any order.
     threads: None for one per CPU, at most 8. numpy releases the interpreter lock while it draws; the numbers do not depend on it.
     The bits come from numpy's Philox and its float32 ziggurat, which numpy keeps from release to release but does not promise: a test pins
     them. On another C library the few numbers from the ziggurat's edges may differ in the last bit.
-    One core of a cloud CPU: 11 to 16 ns per number, 0.4 s for 128 frames of 192x320x3.
+    One Intel Xeon core, numpy 2.4: frame_noise(0, "ssr3", 1, range(128), (192, 320, 3), threads=1) takes 0.37 s, 16 ns per number.
     """
     out = np.empty((len(frames), *shape), dtype=np.float32)
 

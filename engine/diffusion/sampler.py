@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.diffusion.schedule import CosineSchedule, at_least_float32
+from engine.diffusion.schedule import COSINE, CosineSchedule, at_least_float32
 
 METHODS = ("stochastic_ddim", "ddim", "ancestral")
 
@@ -36,12 +36,13 @@ def sample(denoise: Callable[[Tensor, float, int], Tensor], z: Tensor, *, schedu
 
     Shapes: z [B, T, H, W, C] -> x0, same, at least float32. z carries the noise of time start_index(start, steps) / steps: pure noise for
     start 1; start 0 returns z as it is.
-    denoise(z, time, step) -> x0, for example a Denoiser. step counts along the whole grid: it is 0 at time 1 and steps - 1 at time 1 / steps,
-    so a later start enters later; noise and guidance thus belong to times, whatever the start.
+    denoise(z, time, step) -> x0, for example a Denoiser. step counts along the whole grid: it is 0 at time 1 and steps - 1 at
+    time 1 / steps, so a later start enters later; noise and guidance thus belong to times, whatever the start.
     noise(step): fresh normal noise like z, asked for only where a step adds some (never by "ddim", never at the last step).
     on_step(step, x0): called after each estimate.
     ancestral_gamma: 0 for the lower bound of the reverse variance, 1 for the upper one.
-    Source: "stochastic_ddim": Imagen Video, after Karras et al. 2022 and Meng et al. 2022; "ddim": Song et al. 2021; "ancestral": Imagen Eq. 6.
+    Source: "stochastic_ddim": Imagen Video, after Karras et al. 2022 and Meng et al. 2022; "ddim": Song et al. 2021;
+    "ancestral": Imagen Eq. 6.
     """
     if method not in METHODS:
         raise ValueError(f"method: want one of {METHODS}, got {method!r}")
@@ -66,11 +67,11 @@ def sample(denoise: Callable[[Tensor, float, int], Tensor], z: Tensor, *, schedu
             z.add_(noise(step).to(z), alpha=fresh)
 
 
-def stochastic_ddim_coefficients(t: float, n: int, schedule: CosineSchedule = CosineSchedule()) -> tuple[float, float, float]:
+def stochastic_ddim_coefficients(t: float, n: int, schedule: CosineSchedule = COSINE) -> tuple[float, float, float]:
     """One step of the n-step stochastic DDIM from t, on the grid: z_{s1} = gamma_{s1} x0 + c_d eps + c_n noise -> (gamma_{s1}, c_d, c_n).
 
-    Down twice the step by deterministic DDIM, s2 = t - 2/n, then back up to s1 = t - 1/n by the forward process q(z_{s1} | z_{s2}). eps is the
-    estimated noise, of which c_d is left; c_d^2 + c_n^2 = sigma_{s1}^2. Where s2 would be below 0 the answer is x0: (1, 0, 0).
+    Down twice the step by deterministic DDIM, s2 = t - 2/n, then back up to s1 = t - 1/n by the forward process q(z_{s1} | z_{s2}).
+    eps is the estimated noise, of which c_d is left; c_d^2 + c_n^2 = sigma_{s1}^2. Where s2 would be below 0 the answer is x0: (1, 0, 0).
     """
     index = round(t * n)
     if not (1 <= index <= n and math.isclose(index, t * n, rel_tol=1e-9)):

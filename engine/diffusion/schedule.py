@@ -17,7 +17,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def spread(coefficient: Tensor, video: Tensor) -> Tensor:
-    """A coefficient per sample [B], per frame [B, T] or for all [] -> shaped to multiply video [B, T, H, W, C], in video's dtype and device.
+    """A coefficient per sample [B], per frame [B, T] or for all [] -> shaped to multiply video [B, T, H, W, C], on its dtype and device.
 
     Raises: ValueError if its axes are not the video's first ones.
     """
@@ -30,10 +30,10 @@ def spread(coefficient: Tensor, video: Tensor) -> Tensor:
 class CosineSchedule:
     """The cosine schedule with a shift in logSNR. Times are in [0, 1] (the paper's s): 0 is the video, 1 is pure noise.
 
-    The ends are exact for every shift: gamma(0) = sigma(1) = 1 and sigma(0) = gamma(1) = 0, so that "s = 1 replaces the video by noise" and
-    "s = 0 adds none" (Sec. 4.1) hold to the last bit. logsnr is infinite there, so it alone is clipped to [logsnr_min, logsnr_max] (it is also
-    what networks are told); gamma and sigma follow the clipped value on the open interval and leave it at the two ends. With a clipped gamma
-    at time 1 the input would still shine through by exp(logsnr_min / 2).
+    The ends are exact for every shift: gamma(0) = sigma(1) = 1 and sigma(0) = gamma(1) = 0, so that "s = 1 replaces the video by noise"
+    and "s = 0 adds none" (Sec. 4.1) hold to the last bit. logsnr would be infinite there and is clipped to [logsnr_min, logsnr_max]; gamma
+    and sigma follow the clipped value on the open interval and leave it at the two ends. With a clipped gamma at time 1 the input would
+    still shine through by exp(logsnr_min / 2).
 
     Methods take a float or a Tensor of any shape (tensors outside [0, 1] saturate), compute in float64 and return the tensor's own dtype,
     at least float32; a float gives a float64 scalar tensor, which does not widen the tensors it multiplies.
@@ -76,6 +76,9 @@ class CosineSchedule:
 
     def _logsnr64(self, t: Tensor) -> Tensor:
         return (self.logsnr_shift - 2 * torch.log(torch.tan(t * (math.pi / 2)))).clamp(self.logsnr_min, self.logsnr_max)
+
+
+COSINE = CosineSchedule()     # Imagen Video's, and so the paper's: no shift
 
 
 def add_noise(video: Tensor, eps: Tensor, time: Tensor | float, schedule: CosineSchedule) -> Tensor:
