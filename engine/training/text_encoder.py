@@ -6,7 +6,7 @@ takes under two minutes on one thread and writes `text_encoder/` and `tokenizer/
 The paper's encoder is T5-XXL (App. A.1), frozen. What a U-Net needs of it is that attributes can be read off linearly, both from the mean
 of the tokens (which modulates every layer) and from each token (which cross-attention sees). So that is the training task: one linear
 head per attribute, on both, thrown away afterwards. Two paraphrases of one scene are drawn together, features are held near mean 0 and
-variance 1, and a head for each token's own word keeps words apart that no caption uses: the rare token has to mean something to a finetuning.
+variance 1, and a head for each token's own word keeps words apart, the rare token too: it has to mean something to a finetuning.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from engine.sprites.world import ATTRIBUTES, sample_scenes
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"             # ids 0, 1, 2, as in T5
 MAX_TOKENS = 256
 UNNAMED = "unnamed"                                      # a value of every attribute: the text says nothing of it
+INSERTED = (RARE_TOKEN, "xxx", "the", "a", "photo", "picture", "video", "and")          # "xxx": stands for any word not known
 VALUES = {name: (UNNAMED, *values) for name, values in ATTRIBUTES.items()}
 
 
@@ -80,7 +81,7 @@ class Task:
         """Words left out, foreign and rare words put in: users write other things than captions do."""
         words = [word for word in text.split() if self.random.random() > 0.2]
         for _ in range(self.random.randrange(4)):
-            words.insert(self.random.randint(0, len(words)), self.random.choice((RARE_TOKEN, "xxx", "the", "a", "photo", "picture", "video", "and")))
+            words.insert(self.random.randint(0, len(words)), self.random.choice(INSERTED))
         return " ".join(words)
 
 
@@ -112,8 +113,8 @@ def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
 
 def train(out: Path, seed: int, steps: int, scenes: int, lr: float = 3e-3) -> None:
     """Build the tokenizer, train the encoder, write both under `out`, and print how well the written weights read unseen combinations."""
-    quiet_transformers()
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    with quiet_transformers():
+        from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     build_tokenizer(out / "tokenizer")
@@ -138,9 +139,11 @@ def train(out: Path, seed: int, steps: int, scenes: int, lr: float = 3e-3) -> No
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.4f}  {time.perf_counter() - started:.0f} s", flush=True)
-    model.to(torch.bfloat16).save_pretrained(out / "text_encoder", safe_serialization=True)
+    with quiet_transformers():
+        model.to(torch.bfloat16).save_pretrained(out / "text_encoder")
     for dtype in (torch.float32, torch.bfloat16):
-        written = T5EncoderModel.from_pretrained(out / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+        with quiet_transformers():
+            written = T5EncoderModel.from_pretrained(out / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True).eval()
         print(f"{str(dtype):15s}", report(written, heads, Task(tokenizer, seed + 1, "held_out")))
 
 
@@ -158,11 +161,12 @@ def report(model, heads: Heads, task: Task, scenes: int = 1000) -> str:
     right_tokens = torch.stack([head(flat).argmax(-1) == label[row] for head, label in zip(heads.tokens, labels)])
     a, b, c = mean[: 3 * scenes].split(scenes)
     near, far = (a - b).norm(dim=-1), (a - c).norm(dim=-1)
-    return (f"mean: {right[:, : 3 * scenes].float().mean():.5f} (worst attribute {right[:, : 3 * scenes].float().mean(1).min():.5f}), damaged texts "
-            f"{right[:, 3 * scenes:].float().mean():.5f}; tokens: {right_tokens.float().mean():.5f}; "
-            f"words {(heads.word(flat).argmax(-1) == ids[inside]).float().mean():.5f}; feature mean {flat.mean(0).abs().max():.2f} std "
-            f"{flat.std(0).min():.2f} to {flat.std(0).max():.2f}; mean's std {mean.std(0).mean():.2f}; distance of paraphrases {near.mean():.2f} "
-            f"(99 %: {near.quantile(.99):.2f}), of one changed attribute {far.mean():.2f} (1 %: {far.quantile(.01):.2f})")
+    captioned, damaged = right.float().split([3 * scenes, scenes], 1)
+    return (f"attributes from the mean {captioned.mean():.5f} (worst {captioned.mean(1).min():.5f}; damaged texts {damaged.mean():.5f}), "
+            f"from single tokens {right_tokens.float().mean():.5f}; words {(heads.word(flat).argmax(-1) == ids[inside]).float().mean():.5f}; "
+            f"features' mean up to {flat.mean(0).abs().max():.2f}, std {flat.std(0).min():.2f} to {flat.std(0).max():.2f}; "
+            f"distance of paraphrases {near.mean():.2f} (99 %: {near.quantile(.99):.2f}), "
+            f"of one changed attribute {far.mean():.2f} (1 %: {far.quantile(.01):.2f})")
 
 
 def one_attribute_changed(scenes, rng: random.Random):
