@@ -130,6 +130,11 @@ def test_float32_whatever_the_networks_dtype():
     assert x0.dtype == torch.float32
     exact = to_x0(torch.full(SHAPE, 0.1, dtype=torch.bfloat16).double(), z.double(), 0.3, SCHEDULE, "v")
     torch.testing.assert_close(x0.double(), exact, rtol=0, atol=1e-6)      # bfloat16 arithmetic would be off by 1e-2
+    assert to_x0(torch.full(SHAPE, 0.1, dtype=torch.bfloat16), z, 0.3, SCHEDULE, "v").equal(x0)
+    guided = Denoiser(network, SCHEDULE, unconditional=Counted(0.3, torch.bfloat16), guidance=7.5, threshold="none")(z, 0.3, 0)
+    cond, uncond = (torch.tensor(x, dtype=torch.bfloat16).item() for x in (0.1, 0.3))
+    exact = to_x0(torch.full(SHAPE, 7.5 * cond - 6.5 * uncond).double(), z.double(), 0.3, SCHEDULE, "v")
+    torch.testing.assert_close(guided.double(), exact, rtol=0, atol=1e-6)
     dtype, time = network.calls[0]
     assert dtype == torch.float32 and time.shape == (2,) and time.dtype == torch.float32 and time[0].item() == pytest.approx(0.3)
 
