@@ -30,7 +30,8 @@ _MOTIONS = {
     "right": (("moving right", "sliding right", "gliding to the right", "drifting to the right"),
               ("moves right", "slides right", "glides to the right", "drifts to the right")),
     "up": (("moving up", "sliding up", "rising", "drifting upwards"), ("moves up", "slides up", "rises", "climbs", "drifts upwards")),
-    "down": (("moving down", "sliding down", "sinking", "drifting downwards"), ("moves down", "slides down", "sinks", "falls", "drifts downwards")),
+    "down": (("moving down", "sliding down", "sinking", "drifting downwards"),
+             ("moves down", "slides down", "sinks", "falls", "drifts downwards")),
 }
 _BEFORE = {"sketch": ("a sketch of ", "a line drawing of ", "an outline of "), "normal": ("",), "night": ("",)}
 _AFTER = {"night": (" at night", " in the dark"), "normal": ("",), "sketch": ("",)}
@@ -39,8 +40,8 @@ _WORDS = {                                               # the word that decides
     "background_kind": {"plain": ("plain", "uniform", "wall"), "striped": ("striped", "stripes"),
                         "checkered": ("checkered", "chequered", "checkerboard")},
     "style": {"sketch": ("sketch", "drawing", "outline"), "night": ("night", "dark")},
-    "motion": {"still": ("still", "not", "rests"), "left": ("left",), "right": ("right",), "up": ("up", "upwards", "rising", "rises", "climbs"),
-               "down": ("down", "downwards", "sinking", "sinks", "falls")},
+    "motion": {"still": ("still", "not", "rests"), "left": ("left",), "right": ("right",),
+               "up": ("up", "upwards", "rising", "rises", "climbs"), "down": ("down", "downwards", "sinking", "sinks", "falls")},
 }
 _LOOKUP = {word: (name, value) for name, values in _WORDS.items() for value, words in values.items() for word in words}
 _GLUE = "a an the of that over on against in front background , and photo picture video"

@@ -26,7 +26,7 @@ ATTRIBUTES = {
 }
 STYLE_PROBABILITIES = (0.6, 0.2, 0.2)
 
-# Colours in [0, 1]; the second row of styles below says what a style does to them.
+# Colours in [0, 1], tuned so that chroma (R - G, G - B) tells all of them apart under every style: the readout rests on it.
 COLOUR_RGB = torch.tensor(
     [[0.90, 0.10, 0.12], [0.08, 0.78, 0.18], [0.10, 0.25, 0.98], [0.98, 0.90, 0.08], [0.66, 0.10, 0.88], [0.08, 0.88, 0.92]])
 BACKGROUND_RGB = torch.tensor([[0.50, 0.50, 0.50], [0.56, 0.36, 0.22], [0.22, 0.26, 0.54], [0.44, 0.50, 0.20], [0.78, 0.46, 0.56]])
@@ -72,6 +72,10 @@ class Scenes:
         if isinstance(at, int):
             at = slice(at, at + 1 or None)
         return Scenes(*(getattr(self, f.name)[at] for f in fields(self)))
+
+    def to(self, device: "torch.device | str") -> "Scenes":
+        """The same scenes on another device: they are rendered where they are."""
+        return Scenes(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def replace(self, **values) -> "Scenes":
         """The same scenes with other attributes: the ground truth of an edit. A value is a name, a list of N names, or indices [N]."""
@@ -153,7 +157,7 @@ def render(scenes: Scenes, frames: int = FRAMES, height: int = HEIGHT, width: in
     stop = frames if stop is None else stop
     if not 0 <= start < stop <= frames:
         raise ValueError(f"start, stop: want 0 <= start < stop <= {frames}, got {start}, {stop}")
-    u = torch.arange(start, stop, dtype=torch.float32) / frames
+    u = torch.arange(start, stop, dtype=torch.float32, device=scenes.shape.device) / frames
     return _paint(scenes, u.expand(len(scenes), -1), height, width, crop)
 
 
@@ -171,13 +175,14 @@ def _paint(scenes: Scenes, u: Tensor, height: int, width: int, crop) -> Tensor:
         if size < 1 or int(corner.min()) < 0 or int(corner.max()) + size > full:
             raise ValueError(f"crop: want it inside {height}x{width}, got {name} from {int(corner.min())} to {int(corner.max())} + {size}")
     pixel_y, pixel_x = HEIGHT / height, WIDTH / width    # the size of a target pixel, in base pixels
-    ys = (torch.arange(h) + torch.as_tensor(y).view(-1, 1) + 0.5) * pixel_y                      # [1 or N, h]
-    xs = (torch.arange(w) + torch.as_tensor(x).view(-1, 1) + 0.5) * pixel_x
+    device = scenes.shape.device
+    ys, xs = ((torch.arange(size, device=device) + torch.as_tensor(corner, device=device).view(-1, 1) + 0.5) * pixel
+              for size, corner, pixel in ((h, y, pixel_y), (w, x, pixel_x)))                     # [1 or N, h or w]
     background = _background(scenes, ys, xs, pixel_y, pixel_x)                                   # [N, h, w, 3]
-    sprite = COLOUR_RGB[scenes.colour] * SPRITE_GAIN[scenes.style][:, None] * 2 - 1              # [N, 3]
+    sprite = _pick(COLOUR_RGB, scenes.colour) * _pick(SPRITE_GAIN, scenes.style)[:, None] * 2 - 1          # [N, 3]
     difference = sprite[:, None, None] - background
     centres, pixel = scenes.centres(u), math.sqrt(pixel_y * pixel_x)
-    out = torch.empty(len(scenes), u.shape[1], h, w, 3)
+    out = torch.empty(len(scenes), u.shape[1], h, w, 3, device=device)
     ring_all = torch.where(scenes.style == 1, RING, 1e3)                                         # 1e3: no hole
     at_once = max(1, _BLOCK_PIXELS // (h * w))
     for shape in range(len(SHAPES)):
@@ -190,7 +195,7 @@ def _paint(scenes: Scenes, u: Tensor, height: int, width: int, crop) -> Tensor:
                 centre = centres[some, t : t + span]
                 dx = xs_some[:, None, None, :] - centre[..., 0, None, None]                      # [n, t, 1, w]
                 dy = ys_some[:, None, :, None] - centre[..., 1, None, None]                      # [n, t, h, 1]
-                cover = _coverage(shape, dx, dy, scenes.radius[some].view(-1, 1, 1, 1), ring_all[some].view(-1, 1, 1, 1), pixel)
+                cover = coverage(shape, dx, dy, scenes.radius[some].view(-1, 1, 1, 1), ring_all[some].view(-1, 1, 1, 1), pixel)
                 painted = cover[..., None] * difference[some][:, None]
                 out[some, t : t + span] = painted.add_(background[some][:, None])
     return out
@@ -202,19 +207,17 @@ def _background(scenes: Scenes, ys: Tensor, xs: Tensor, pixel_y: float, pixel_x:
         distance = ((positions + phase[:, None] * period) % period - period / 2).abs_().sub_(period / 4)
         return (distance * (2 / pixel)).clamp_(-1, 1)
 
-    kind, count = scenes.background_kind, len(scenes)
     stripes = wave(xs, scenes.phase[:, 0], STRIPE_PERIOD, pixel_x)[:, None, :]
     checkers = wave(xs, scenes.phase[:, 0], 2 * CHECKER_CELL, pixel_x)[:, None, :] * wave(
         ys, scenes.phase[:, 1], 2 * CHECKER_CELL, pixel_y)[:, :, None]
-    pattern = torch.zeros(count, ys.shape[1], xs.shape[1])
-    pattern[kind == 1] = stripes[kind == 1].expand(-1, ys.shape[1], -1)
-    pattern[kind == 2] = checkers[kind == 2]
-    gain, lift = BACKGROUND_GAIN[scenes.style], BACKGROUND_LIFT[scenes.style]                    # [N, 3]
-    base = (BACKGROUND_RGB[scenes.background_colour] * gain + lift) * 2 - 1
+    kind = scenes.background_kind[:, None, None]
+    pattern = torch.where(kind == 1, stripes, torch.where(kind == 2, checkers, 0.0))
+    gain, lift = _pick(BACKGROUND_GAIN, scenes.style), _pick(BACKGROUND_LIFT, scenes.style)      # [N, 3]
+    base = (_pick(BACKGROUND_RGB, scenes.background_colour) * gain + lift) * 2 - 1
     return base[:, None, None] + pattern[..., None] * (gain * (SHADE * 2))[:, None, None]
 
 
-def _coverage(shape: int, dx: Tensor, dy: Tensor, radius: Tensor, ring: Tensor, pixel: float) -> Tensor:
+def coverage(shape: int, dx: Tensor, dy: Tensor, radius: Tensor, ring: Tensor, pixel: float) -> Tensor:
     """[n, t, h, w] in [0, 1]: how much of a pixel the shape covers, from its signed distance (negative inside, base pixels)."""
     if shape == 0:
         distance = (dx * dx + dy * dy).sqrt_().sub_(radius)
@@ -228,6 +231,10 @@ def _coverage(shape: int, dx: Tensor, dy: Tensor, radius: Tensor, ring: Tensor, 
         distance = torch.minimum(torch.maximum(bar_x - radius, bar_y - 0.4 * radius), torch.maximum(bar_y - radius, bar_x - 0.4 * radius))
     hole = (distance + ring).mul_(-1 / pixel).add_(0.5).clamp_(0, 1)
     return distance.mul_(-1 / pixel).add_(0.5).clamp_(0, 1).sub_(hole)
+
+
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    return table.to(index.device)[index]
 
 
 def _indices(name: str, value, count: int) -> Tensor:
