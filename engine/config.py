@@ -163,3 +163,31 @@ class EditConfig(SampleConfig):
 
 class GenerateConfig(SampleConfig):
     """Sampling from text alone: s = 1, no input."""
+
+
+class Phase(Strict):
+    """A stretch of pretraining with one mixture of data."""
+
+    steps: int = Field(gt=0)
+    videos: int = Field(0, ge=0)                                # clips a step, on each rank
+    frames: int = Field(16, gt=0)                               # frames of each clip
+    pictures: int = Field(0, ge=0)                              # independent frames a step, each with its own caption and noise level
+
+
+class PretrainConfig(Strict):
+    """How one stage of a cascade is trained on captioned video and pictures jointly (App. A.1; Imagen Video Sec. 2.4)."""
+
+    phases: tuple[Phase, ...] = (Phase(steps=100_000, videos=8, pictures=64),)
+    muon_lr: float = Field(2e-3, gt=0)                          # matrices, orthogonalised updates
+    adam_lr: float = Field(2e-3, gt=0)                          # everything else
+    warmup: int = Field(100, ge=0)
+    decay: float = Field(0.4, ge=0, le=1)                       # the last part of the run, in which the rate falls to zero
+    clip: float = Field(1.0, gt=0)                              # gradient norm
+    ema: float = Field(0.998, ge=0, lt=1)
+    text_dropout: float = Field(0.1, ge=0, le=1)                # captions left out, for classifier-free guidance
+    loss_space: Literal["x", "v", "eps"] = "v"
+    crop: tuple[int, int] | None = None                         # height and width of training crops, for super-resolution
+    aug_level_max: float = Field(0.0, ge=0, lt=1)               # conditioning noise is drawn up to this, on half of the samples
+    seed: int = Field(0, ge=0)
+    save_every: int = Field(100, gt=0)
+    dtype: Literal["fp32", "bf16"] = "bf16"                     # of the pass; master weights are fp32

@@ -62,8 +62,8 @@ class TextEmbedding:
         """One batch of all, filled up to the longest."""
         if not embeddings:
             raise ValueError("embeddings: want at least one TextEmbedding, got none")
-        longest = max(e.tokens.shape[1] for e in embeddings)
-        gaps = [longest - e.tokens.shape[1] for e in embeddings]
+        lengths = [e.tokens.shape[1] for e in embeddings]
+        gaps = [max(lengths) - length for length in lengths]
         return TextEmbedding(torch.cat([F.pad(e.tokens, (0, 0, 0, gap)) for e, gap in zip(embeddings, gaps)]),
                              torch.cat([F.pad(e.mask, (0, gap)) for e, gap in zip(embeddings, gaps)]))
 
@@ -159,8 +159,7 @@ class TextEncoder:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 metadata, tokens = file.metadata(), file.get_tensor("tokens")
-            sound = metadata["sha256"] == _digest(tokens) and tokens.ndim == 2 and len(tokens)
-            return (tokens, int(metadata["length"])) if sound else None
+            return (tokens, int(metadata["length"])) if metadata["sha256"] == _digest(tokens) else None
         except Exception:                                # absent, cut short, not ours: encode again
             return None
 
@@ -217,11 +216,9 @@ def _quantize(model: nn.Module, precision: str, device: torch.device) -> None:
 @contextlib.contextmanager
 def quiet_transformers():
     """No prints, warnings or bars from transformers and bitsandbytes inside; their settings are restored after."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with out, err, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         from transformers.utils import logging as bars  # sets its logger's level on import, so it comes first
 
         for logger in map(logging.getLogger, ("transformers", "bitsandbytes")):

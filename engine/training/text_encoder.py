@@ -159,11 +159,12 @@ def report(model, heads: Heads, task: Task, scenes: int = 1000) -> str:
     right = torch.stack([head(mean).argmax(-1) == label for head, label in zip(heads.pooled, labels)])
     flat, row = features[inside], inside.nonzero()[:, 0]
     right_tokens = torch.stack([head(flat).argmax(-1) == label[row] for head, label in zip(heads.tokens, labels)])
+    right_words = heads.word(flat).argmax(-1) == ids[inside]
     a, b, c = mean[: 3 * scenes].split(scenes)
     near, far = (a - b).norm(dim=-1), (a - c).norm(dim=-1)
     captioned, damaged = right.float().split([3 * scenes, scenes], 1)
     return (f"attributes from the mean {captioned.mean():.5f} (worst {captioned.mean(1).min():.5f}; damaged texts {damaged.mean():.5f}), "
-            f"from single tokens {right_tokens.float().mean():.5f}; words {(heads.word(flat).argmax(-1) == ids[inside]).float().mean():.5f}; "
+            f"from single tokens {right_tokens.float().mean():.5f}; words {right_words.float().mean():.5f}; "
             f"features' mean up to {flat.mean(0).abs().max():.2f}, std {flat.std(0).min():.2f} to {flat.std(0).max():.2f}; "
             f"distance of paraphrases {near.mean():.2f} (99 %: {near.quantile(.99):.2f}), "
             f"of one changed attribute {far.mean():.2f} (1 %: {far.quantile(.01):.2f})")

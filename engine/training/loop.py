@@ -1,0 +1,176 @@
+"""Pretraining of one stage on captioned clips and independent pictures jointly (Imagen Video Sec. 2.4; Dreamix App. A.1).
+
+Everything random is drawn from (seed, step, rank), and the whole state is one file, so a run that is stopped goes on as if it had not
+been. Started by torchrun, ranks share the batch and sum their gradients through one flat all-reduce.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from engine.config import CascadeConfig, PretrainConfig
+from engine.diffusion.augmentation import augment
+from engine.diffusion.conditioning import downsample, upsample
+from engine.diffusion.loss import diffusion_loss
+from engine.diffusion.schedule import CosineSchedule, add_noise
+from engine.models.text import TextEmbedding, TextEncoder
+from engine.models.unet import VideoUNet
+
+from .data import batch_seed, open_source
+from .optimizer import MasterWeights
+
+# where the average of weights is published for the cascade: small, and read by every loader of diffusers-style folders
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+class Pretraining:
+    """One stage's network, its optimizer and its data; `step()` is one update.
+
+    cascade: the seven stages; name: the one that is trained; text_source: folder of the frozen text encoder; out: the run's folder.
+    """
+
+    def __init__(self, cascade: CascadeConfig, name: str, config: PretrainConfig, source: str, text_source: Path, out: Path):
+        self.stage, self.config, self.out = cascade.stage(name), config, Path(out)
+        index = [stage.name for stage in cascade.stages].index(name)
+        self.before = cascade.stages[index - 1] if index else None
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        torch.manual_seed(config.seed)
+        self.model = VideoUNet(self.stage.unet)
+        self.optimizer = MasterWeights(self.model, config.ema)
+        self.model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        self.optimizer.params = dict(self.model.named_parameters())
+        self.source = open_source(source)
+        self.text = TextEncoder(text_source, precision="fp32", max_tokens=cascade.text.max_tokens)
+        self.schedule = CosineSchedule(self.stage.diffusion.logsnr_shift)
+        self.total = sum(phase.steps for phase in config.phases)
+
+    @property
+    def step_index(self) -> int:
+        return self.optimizer.step_count
+
+    def phase(self, step: int):
+        for phase in self.config.phases:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        raise IndexError(step)
+
+    def rate(self, step: int) -> float:
+        """Linear warmup, flat, then a cosine to zero."""
+        warm = min(1.0, (step + 1) / max(1, self.config.warmup))
+        left = (self.total - step) / max(1.0, self.config.decay * self.total)
+        return warm * (0.5 - 0.5 * torch.cos(torch.tensor(min(1.0, left) * torch.pi)).item())
+
+    def losses(self, step: int):
+        """The step's losses, to be weighted alike: a clip batch and a picture batch, as far as the phase has them."""
+        phase = self.phase(step)
+        for kind, count in (("videos", phase.videos), ("pictures", phase.pictures)):
+            if count:
+                seed = batch_seed(self.config.seed, self.stage.name, kind, step, self.rank)
+                if kind == "videos":
+                    video, captions = self.source.clips(seed, count, self.stage, phase.frames, self.config.crop)
+                else:
+                    video, captions = self.source.pictures(seed, count, self.stage, self.config.crop)
+                independent = torch.full((count,), kind == "pictures")
+                yield kind, self.loss(video, captions, independent, torch.Generator().manual_seed(seed))
+
+    def loss(self, video, captions, independent, generator):
+        B = len(video)
+        text = self.drop_captions(self.text.encode(captions, batch_size=512, cache=False), generator)
+        eps = torch.randn(video.shape, generator=generator)
+        # one time in each of B slices of [0, 1]: the batch always covers all noise levels
+        times = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
+        lowres = levels = None
+        if self.before is not None:
+            lowres, levels = self.condition(video, generator)
+            if (scale := self.stage.diffusion.residual_scale) is not None:
+                video = (video - lowres) / scale
+        output = self.model(add_noise(video, eps, times, self.schedule), times, text.tokens, text.mask, lowres=lowres, aug_level=levels,
+                            independent_frames=independent)
+        prediction = self.stage.diffusion.prediction
+        return diffusion_loss(output, video, eps, times, self.schedule, prediction, self.config.loss_space).mean()
+
+    def drop_captions(self, text: TextEmbedding, generator) -> TextEmbedding:
+        keep = torch.rand(len(text.mask), generator=generator) >= self.config.text_dropout
+        return TextEmbedding(text.tokens * keep[:, None, None], text.mask & keep[:, None])
+
+    def condition(self, video, generator):
+        """What the stage before would have given, degraded by noise on half of the samples, at this stage's size."""
+        B, T, H, W, _ = video.shape
+        frames = T * self.before.frames // self.stage.frames if T > 1 else 1
+        lowres = downsample(video, frames, H * self.before.height // self.stage.height, W * self.before.width // self.stage.width)
+        levels = torch.rand(B, generator=generator) * self.config.aug_level_max * (torch.rand(B, generator=generator) < 0.5)
+        lowres = augment(lowres, levels, torch.randn(lowres.shape, generator=generator), CosineSchedule())
+        return upsample(lowres, T, H, W, self.stage.temporal_upsample), levels
+
+    def step(self) -> dict:
+        """One update over all ranks -> what a log line says."""
+        step, started = self.step_index, time.perf_counter()
+        for p in self.model.parameters():
+            p.grad = None
+        record = {}
+        for kind, loss in self.losses(step):
+            loss.backward()
+            record[kind] = loss.item()
+        gradients = {name: torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
+                     for name, p in self.optimizer.params.items()}
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in gradients.values()])
+            dist.all_reduce(flat)
+            flat.div_(self.world)
+            pieces = flat.split([g.numel() for g in gradients.values()])
+            gradients = {name: piece.view_as(g) for (name, g), piece in zip(gradients.items(), pieces)}
+        norm = torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
+        torch._foreach_mul_(list(gradients.values()), (self.config.clip / norm.clamp_min(self.config.clip)).item())
+        rate = self.rate(step)
+        self.optimizer.step(gradients, rate * self.config.muon_lr, rate * self.config.adam_lr)
+        return {"step": step, **record, "grad_norm": norm.item(), "rate": rate, "seconds": time.perf_counter() - started}
+
+    def run(self, until: float = float("inf")) -> None:
+        """Train to the end of the phases, or until this time (time.time()); saves as it goes and resumes from what is there."""
+        self.resume()
+        log = None
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log = open(self.out / "metrics.jsonl", "a", buffering=1)
+        while self.step_index < self.total:
+            record = self.step()
+            if log:
+                log.write(json.dumps(record) + "\n")
+            stop = torch.tensor(float(time.time() > until))
+            if self.world > 1:
+                dist.all_reduce(stop)
+            if stop or self.step_index % self.config.save_every == 0 or self.step_index == self.total:
+                self.save()
+            if stop:
+                break
+
+    def save(self) -> None:
+        if self.rank == 0:
+            publish(self.optimizer.state_dict(), self.out / "state.safetensors")
+            self.export(self.out / WEIGHTS_NAME)
+
+    def resume(self) -> None:
+        path = self.out / "state.safetensors"
+        if path.is_file():
+            self.optimizer.load_state_dict(load_file(path))
+
+    def export(self, path: Path) -> None:
+        """The averaged weights in fp16: what the cascade ships."""
+        publish({name: value.half().contiguous() for name, value in self.optimizer.ema.items()}, path)
+
+
+def publish(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file that is either absent, the old one, or complete."""
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part)
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
