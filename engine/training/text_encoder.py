@@ -111,7 +111,7 @@ def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
     return (features * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def train(out: Path, seed: int, steps: int, scenes: int, lr: float = 3e-3) -> None:
+def train(out: Path, seed: int, steps: int, scenes: int, lr: float = 3e-3, judged: int = 1000) -> None:
     """Build the tokenizer, train the encoder, write both under `out`, and print how well the written weights read unseen combinations."""
     with quiet_transformers():
         from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -144,11 +144,11 @@ def train(out: Path, seed: int, steps: int, scenes: int, lr: float = 3e-3) -> No
     for dtype in (torch.float32, torch.bfloat16):
         with quiet_transformers():
             written = T5EncoderModel.from_pretrained(out / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True).eval()
-        print(f"{str(dtype):15s}", report(written, heads, Task(tokenizer, seed + 1, "held_out")))
+        print(f"{str(dtype):15s}", report(written, heads, Task(tokenizer, seed + 1, "held_out"), judged))
 
 
 @torch.no_grad()
-def report(model, heads: Heads, task: Task, scenes: int = 1000) -> str:
+def report(model, heads: Heads, task: Task, scenes: int) -> str:
     """Share of right attributes on captions of combinations never trained on, from the mean and from single tokens; and the geometry."""
     drawn = sample_scenes(scenes, task.generator, task.split)
     one, other, edited = (captions(s, task.random.randrange(1 << 30)) for s in (drawn, drawn, one_attribute_changed(drawn, task.random)))
