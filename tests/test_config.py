@@ -144,7 +144,8 @@ def test_the_alias_bomb_takes_no_memory(write):
 @pytest.mark.timeout(10)                                   # opening a pipe waits for its writer
 def test_paths_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path / "missing.yaml", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300), tmp_path / "a\nb", "a\0b"):
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), tmp_path / "missing.yaml",
+                 tmp_path / ("x" * 300), tmp_path / "a\nb", "a\0b"):
         with pytest.raises(ConfigError) as error:
             read_yaml(path)
         assert str(error.value).isprintable()
