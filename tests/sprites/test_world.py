@@ -67,6 +67,7 @@ def test_single_frames_are_frames_of_the_clip():
 def test_held_out_combinations_never_train():
     train, held_out = sample_scenes(6000, 1, "train"), sample_scenes(2000, 1, "held_out")
     codes = [{tuple(row) for row in torch.stack([getattr(s, name) for name in ATTRIBUTES], 1).tolist()} for s in (train, held_out)]
+    assert is_held_out(held_out).all() and not is_held_out(train).any()
     assert not codes[0] & codes[1] and len(codes[1]) > 250
     combinations = torch.cartesian_prod(*(torch.arange(len(v)) for v in ATTRIBUTES.values())).T
     assert 0.08 < is_held_out(combinations).float().mean() < 0.12
