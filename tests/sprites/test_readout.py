@@ -60,6 +60,12 @@ def test_reverse_shuffle_and_noise_are_not_flattered():
     assert noise.match.mean() < 0.8 < read(video).match.min()
 
 
+def test_night_is_dark_not_only_bluish():
+    scenes = sample_scenes(30, 3).replace(style="night", background_colour="grey")
+    video = render(scenes) - torch.tensor([0.0, 0.0, 0.08])            # the tint of the night taken away
+    assert score(video, scenes)["style"] == 1
+
+
 def test_one_frame_reads_as_still():
     scenes = sample_scenes(20, 5).replace(motion="still")
     assert min(score(render(scenes)[:, :1], scenes).values()) >= 0.95
