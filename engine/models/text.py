@@ -10,7 +10,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import io
 import json
 import logging
 import os
@@ -122,7 +121,7 @@ class TextEncoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.no_grad()                                     # not inference_mode: a network being trained saves these tokens for its backward
+    @torch.no_grad()
     def _run(self, texts: list[str]) -> list[tuple[Tensor, int]]:
         """Per text its tokens [L, D] on the CPU in the encoder's dtype, and how many tokens it had before cutting."""
         if self._model is None:
@@ -215,9 +214,11 @@ def _quantize(model: nn.Module, precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No prints, warnings or bars from transformers and bitsandbytes inside; their settings are restored after."""
-    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with out, err, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+    """No warnings, log lines or bars from transformers and bitsandbytes inside; their settings are restored after.
+
+    sys.stderr is left alone: a log handler made while it points elsewhere would write there for ever.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         from transformers.utils import logging as bars  # sets its logger's level on import, so it comes first
 

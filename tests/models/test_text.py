@@ -1,6 +1,7 @@
 """The text encoder and its cache: what changes an embedding, what must not, and what is refused."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -112,7 +113,9 @@ def test_large_files_are_not_read_whole(copied, monkeypatch):
     assert edges != whole
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
     weights.write_bytes(content)
+    os.utime(weights, ns=times)                          # size and time are as before: the end itself has to count
     assert text._fingerprint(copied / "text_encoder") != edges
 
 
@@ -264,7 +267,20 @@ def test_nan_weights_are_refused_and_not_cached(tmp_path, copied):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_hub_id_is_not_asked_for_when_offline(tmp_path):
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_hub_ids_are_looked_up_with_their_revision_and_offline_only_on_disk(tmp_path, monkeypatch, offline):
+    import huggingface_hub
+
+    def snapshot(name, revision, local_files_only, **_):
+        assert (name, revision, local_files_only) == ("google/some-t5", "v2", offline == "1")
+        return shutil.copytree(BUNDLED / "tokenizer", shutil.copytree(BUNDLED / "text_encoder", tmp_path / "snapshot"), dirs_exist_ok=True)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert TextEncoder("google/some-t5@v2", cache_dir=tmp_path).encode(PROMPTS).tokens.any()
+
+
+def test_a_hub_id_that_is_not_here_is_one_line(tmp_path):
     with pytest.raises(WeightsError, match="neither a local folder nor"):
         TextEncoder("google/not-here", cache_dir=tmp_path).encode(PROMPTS)
 
@@ -322,6 +338,7 @@ def test_loading_is_silent(encoder):
 def test_loading_leaves_settings_alone(encoder):
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.enable_progress_bar()
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), warnings.filters[:]
     encoder.encode(PROMPTS)
     assert before == (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), warnings.filters[:])
