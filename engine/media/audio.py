@@ -17,6 +17,7 @@ from engine.media.container import READ_ERRORS, first_video, open_container, rea
 from engine.media.folders import PICTURE_SUFFIXES
 
 COPIED = {"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
 
@@ -32,6 +33,12 @@ class AudioTrack:
         self.stream = next(iter(self.container.streams.audio), None)
         if self.stream is not None and self.stream.codec_context is None:
             self._give_up("its codec is unknown here")
+        self.copied = self.stream is not None and self.stream.codec_context.name in COPIED
+        if self.stream is not None and not self.copied:
+            try:                                                     # before any frame is computed, not after
+                self._set_up(av.CodecContext.create("aac", "w")).open()
+            except READ_ERRORS as error:
+                self._give_up(f"no AAC of this kind ({reason(error)})")
 
     def close(self) -> None:
         if self.container is not None:
@@ -44,17 +51,20 @@ class AudioTrack:
         picture = first_video(self.container)
         zero = Fraction(0) if picture is None or picture.start_time is None else picture.start_time * picture.time_base
         self.zero = zero + self.start
-        name = self.stream.codec_context.name
-        self.copied = name in COPIED
         if self.copied:
             self.track = out.add_stream_from_template(self.stream)
         else:
-            rate = self.stream.codec_context.sample_rate
-            self.track = out.add_stream("aac", rate=rate if rate in AAC_RATES else 48000)
-            self.track.codec_context.layout = self.stream.codec_context.layout
-            self.track.codec_context.bit_rate = 192_000
+            self.track = out.add_stream("aac")
+            self._set_up(self.track.codec_context)
         self._waiting = None
         self._units = self._packets() if self.copied else self._samples()
+
+    def _set_up(self, encoder):
+        given = self.stream.codec_context
+        encoder.sample_rate = given.sample_rate if given.sample_rate in AAC_RATES else 48000
+        encoder.layout = LAYOUTS.get(given.layout.nb_channels, "stereo")          # by number: AVI and Matroska PCM do not name theirs
+        encoder.format, encoder.bit_rate, encoder.time_base = "fltp", 192_000, Fraction(1, encoder.sample_rate)
+        return encoder
 
     def pump(self, out, until: Fraction) -> None:
         """Write the sound that begins before `until` (seconds of output)."""

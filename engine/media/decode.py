@@ -17,9 +17,6 @@ from engine.media.clip import DEFAULT_LIMITS, Clip, MediaLimits, SourceInfo, as_
 from engine.media.folders import PICTURE_SUFFIXES, ArraySource, PicturesSource
 from engine.media.geometry import FITS, place, to_signed
 
-# Containers round timestamps (Matroska to 1 ms): a picture due at 41.67 ms and stamped 42 is the one shown at 1/24 s.
-CLOCK_ERROR = Fraction(1, 2000)
-
 
 def _open(path, limits: MediaLimits, source_fps, value_range: str | None):
     try:
@@ -108,7 +105,7 @@ def read_clip(
         done, current, end = 0, None, None
         for picture in source.pictures(begin):
             if current is not None:
-                until = bisect_left(targets, picture.time - CLOCK_ERROR)
+                until = bisect_left(targets, picture.time - source.clock_error)
                 hold(current, done, until)
                 done = max(done, until)
                 if done == frames:
@@ -126,7 +123,7 @@ def read_clip(
         if end is None:                                              # every frame was had before the end: the header's word stands
             covered, length = frames, told or targets[-1] + 1 / rate
         else:
-            covered, length = bisect_left(targets, end - CLOCK_ERROR), end
+            covered, length = bisect_left(targets, end - source.clock_error), end
             if told is not None and end + Fraction(3, 2) * current.duration < told:
                 notes.append(f"truncated: the header promises {float(told):.2f} s, {float(end):.2f} s could be decoded")
             elif source.cut:

@@ -26,6 +26,8 @@ def natural(name: str) -> list:
 class PicturesSource:
     """One picture, or a folder's PNG and JPEG files in natural order at `fps`."""
 
+    clock_error = Fraction(0)                                        # their times are made here, exactly
+
     def __init__(self, path: Path, limits: MediaLimits, fps: Fraction):
         self.path, self.limits, self.notes, self.cut, self.fps = path, limits, [], False, fps
         self.files = [path]
@@ -96,6 +98,8 @@ class ArraySource:
 
     Floats that all lie in [0, 1] could be either: `value_range` ("signed" or "unit") must say, a guess would be a silent mistake.
     """
+
+    clock_error = Fraction(0)                                        # their times are made here, exactly
 
     def __init__(self, path: Path, limits: MediaLimits, fps: Fraction, value_range: str | None = None):
         self.path, self.limits, self.notes, self.cut, self.fps = path, limits, [], False, fps
