@@ -214,10 +214,8 @@ def _quantize(model: nn.Module, precision: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No warnings, log lines or bars from transformers and bitsandbytes inside; their settings are restored after.
-
-    sys.stderr is left alone: a log handler made while it points elsewhere would write there for ever.
-    """
+    """No warnings, log lines or bars from transformers and bitsandbytes inside; their settings are restored after."""
+    # sys.stderr is left alone: a log handler made while it points elsewhere would write there for ever
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         from transformers.utils import logging as bars  # sets its logger's level on import, so it comes first
