@@ -5,6 +5,7 @@ Only a codec that MP4 cannot hold is encoded again, to AAC. Time zero is the fir
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -27,7 +28,7 @@ class AudioTrack:
     def __init__(self, path, start: float):
         self.path, self.stream, self.container = Path(path), None, None
         self.start = Fraction(start).limit_denominator(1_000_000)
-        if self.path.is_dir() or self.path.suffix.lower() in (*PICTURE_SUFFIXES, ".npy", ".gif"):
+        if self.path.suffix.lower() in (*PICTURE_SUFFIXES, ".npy", ".gif") or os.path.isdir(path):
             return
         self.container = open_container(self.path, DEFAULT_LIMITS.max_pixels)
         self.stream = next(iter(self.container.streams.audio), None)

@@ -21,10 +21,13 @@ READ_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, OverflowError, A
 
 def open_container(path: Path, max_pixels: int):
     """Open for reading under the whitelists. Raises: MediaError, also for devices, pipes and anything that is not a known container."""
-    if not path.is_file():
-        raise MediaError(f"{shown(path)}: {'not a regular file' if path.exists() else 'no such file'}: {WANTED}")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{shown(path)}: the file is empty: {WANTED}")
+    try:
+        if not path.is_file():
+            raise MediaError(f"{shown(path)}: {'not a regular file' if path.exists() else 'no such file'}: {WANTED}")
+        if path.stat().st_size == 0:
+            raise MediaError(f"{shown(path)}: the file is empty: {WANTED}")
+    except OSError as error:                                         # a name too long, a loop of links, a folder that may not be entered
+        raise MediaError(f"{shown(path)}: cannot be read ({error.strerror})") from error
     options = {
         "protocol_whitelist": "file", "format_whitelist": "gif" if path.suffix.lower() == ".gif" else CONTAINERS,
         "max_pixels": str(max_pixels),

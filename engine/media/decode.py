@@ -19,6 +19,8 @@ from engine.media.geometry import FITS, place, to_signed
 
 
 def _open(path, limits: MediaLimits, source_fps, value_range: str | None):
+    if path == "":
+        raise MediaError("the input's path is empty")                # Path("") would be the current folder
     try:
         path = Path(path)
         is_dir = path.is_dir()

@@ -121,7 +121,7 @@ class _Mp4:
         self.stream = self.out.add_stream("libx264", rate=self.fps, options={"crf": "12", "preset": "medium", "threads": "1"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         context = self.stream.codec_context
-        context.thread_count, context.time_base = 1, 1 / self.fps
+        context.time_base = 1 / self.fps
         context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1       # limited range; BT.709 thrice
         if self.audio:
             self.audio.attach(self.out)

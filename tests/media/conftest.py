@@ -43,7 +43,7 @@ def make_video():
     """make_video(path, pictures, ...): pictures are [h, w, 3 or 4] uint8 arrays; returns the path."""
 
     def make(path, pictures, *, codec="libx264", pix_fmt="yuv420p", rate=24, pts=None, time_base=None, options=None, matrix=1, full=False,
-             tagged=True, rotation=0, aspect=None, sound=0.0, sound_codec="aac", interlaced=False, container_options=None, disposition=None):
+             tagged=True, rotation=0, aspect=None, sound=0.0, sound_codec="aac", container_options=None, disposition=None):
         rate = Fraction(rate)
         base = time_base or 1 / rate
         with av.open(str(path), "w", options=container_options or {}) as out:

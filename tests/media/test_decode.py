@@ -227,7 +227,7 @@ def test_truncation_is_told(tmp_path, make_video, ending):
 
 
 def test_sound_longer_than_the_picture_is_no_truncation(tmp_path, make_video, uniform):
-    for ending in ("mp4", "mkv"):
+    for ending in ("mp4", "mkv", "flv", "ts"):
         path = make_video(tmp_path / f"a.{ending}", uniform(12), sound=3.0)
         clip = read_clip(path, frames=12, fps=12, **SIZE)
         assert clip.covered == 6 and not any("truncated" in note for note in clip.notes) and clip.source.has_audio
@@ -273,8 +273,8 @@ def test_pictures(tmp_path):
 def test_arrays(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.random((3, 32, 48, 3), np.float32)
-    cases = {"u8": ((values * 255).astype(np.uint8), None), "signed": (values * 2 - 1, None), "f64": ((values * 2 - 1).astype(np.float64), None),
-             "unit": (values, "unit"), "bright": (values, "signed")}
+    cases = {"u8": ((values * 255).astype(np.uint8), None), "signed": (values * 2 - 1, None), "unit": (values, "unit"),
+             "f64": ((values * 2 - 1).astype(np.float64), None), "bright": (values, "signed")}
     for name, (array, value_range) in cases.items():
         np.save(tmp_path / f"{name}.npy", array)
         got = read_clip(tmp_path / f"{name}.npy", frames=3, fps=24, value_range=value_range, **SIZE).video.numpy()

@@ -45,9 +45,9 @@ def test_wrong_arguments_are_named():
 
 
 def test_reducing_is_antialiased():
-    checkers = torch.ones(96, 160, 3)
-    checkers[::2, ::2] = checkers[1::2, 1::2] = -1
-    assert place(checkers, 24, 40, "crop").abs().max() < 0.05                      # without antialias: +-1 or moire
+    """White noise reduced 4 times a side: antialiased it keeps about a quarter of its spread, point-sampled nearly all."""
+    noise = torch.rand(96, 160, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert place(noise, 24, 40, "crop").std() < 0.35 * noise.std()
 
 
 def test_same_size_is_untouched_and_overshoot_is_clamped():

@@ -19,8 +19,9 @@ from engine.errors import MediaError
 from engine.media import MediaLimits, probe, read_clip, write_video
 
 PLAYLIST = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n"
-MPD = ('<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S"><Period><AdaptationSet '
-       'mimeType="video/mp4"><Representation id="1" bandwidth="1" width="64" height="64"><BaseURL>{target}</BaseURL></Representation>'
+MPD = ('<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S"><Period>'
+       '<AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1" width="64" height="64">'
+       '<BaseURL>{target}</BaseURL></Representation>'
        "</AdaptationSet></Period></MPD>")
 SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n"
 FFCONCAT = "ffconcat version 1.0\nfile {target}\n"
@@ -76,7 +77,8 @@ def test_not_a_file(tmp_path):
         refused(tmp_path / name, "not a regular file")                             # and does not wait for a writer
     refused(tmp_path / "folder.mp4", "a folder without pictures")
     refused(tmp_path / "pictures.png", "a folder without pictures")
-    for path in (tmp_path / "loop.mp4", tmp_path / "missing.mp4", tmp_path / "missing.png", tmp_path / "missing.npy", tmp_path / "a\nb.mp4"):
+    for path in (tmp_path / "loop.mp4", tmp_path / "missing.mp4", tmp_path / "missing.png", tmp_path / "missing.npy",
+                 tmp_path / "a\nb.mp4"):
         refused(path)
     for path in ("/dev/zero", "/dev/null", "x" * 300 + ".mp4", "nul\0.mp4", "http://127.0.0.1:9/a.mp4", "concat:a.mp4|b.mp4", "-", ""):
         with pytest.raises(MediaError) as caught:
@@ -195,8 +197,8 @@ def png_bomb(path, w, h):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    body = zlib.compress(bytes(1 << 20), 9)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    head, body = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0), zlib.compress(bytes(1 << 20), 9)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
 
 
 def patched(path, find: bytes, offset: int, value: bytes):
