@@ -5,6 +5,7 @@ line is given again.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,26 +19,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", type=Path, help="pretraining config (YAML)")
     p.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     p.add_argument("--out", type=Path, required=True, help="folder of the run: state, weights, metrics.jsonl")
+    p.add_argument("--publish", action="store_true", help="train no further: put the run's averaged weights into the cascade's folder")
     p.add_argument("--minutes", type=float, help="stop (resumable) after this long")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from engine.config import PretrainConfig
+    from engine.config import STAGE_ORDER, PretrainConfig
     from engine.config_io import load_config
-    from engine.errors import UserError
+    from engine.errors import ConfigError, UserError
 
     try:
         config = load_config(PretrainConfig, args.config, args.set)
         import torch
 
-        torch.set_num_threads(1 if "LOCAL_RANK" in __import__("os").environ else torch.get_num_threads())
-        from engine.cascade import find_cascade
+        from engine.cascade_folder import find_cascade, write_index
+        from engine.runtime.weights import WEIGHTS_NAME
         from engine.training.loop import Pretraining
 
+        if "LOCAL_RANK" in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         folder, cascade = find_cascade(args.cascade)
+        if args.stage not in STAGE_ORDER:
+            raise ConfigError(f"--stage: want one of {' '.join(STAGE_ORDER)}, got {args.stage}")
         run = Pretraining(cascade, args.stage, config, args.source, folder, args.out)
+        if args.publish:
+            run.resume()
+            run.export(folder / args.stage / WEIGHTS_NAME)
+            write_index(folder, cascade)
+            return 0
         run.run(time.time() + args.minutes * 60 if args.minutes else float("inf"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,12 +20,11 @@ from engine.diffusion.loss import diffusion_loss
 from engine.diffusion.schedule import CosineSchedule, add_noise
 from engine.models.text import TextEmbedding, TextEncoder
 from engine.models.unet import VideoUNet
+from engine.runtime.weights import WEIGHTS_NAME
 
 from .data import batch_seed, open_source
 from .optimizer import MasterWeights
 
-# where the average of weights is published for the cascade: small, and read by every loader of diffusers-style folders
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 class Pretraining:
@@ -164,6 +163,7 @@ class Pretraining:
 
     def export(self, path: Path) -> None:
         """The averaged weights in fp16: what the cascade ships."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         publish({name: value.half().contiguous() for name, value in self.optimizer.ema.items()}, path)
 
 
