@@ -87,6 +87,11 @@ class StageConfig(Strict):
     def kind(self) -> str:
         return self.name.rstrip("0123456789")
 
+    @property
+    def chunks(self) -> int:
+        """How many pieces the video is sampled in; the last may be shorter."""
+        return -(-self.frames // (self.chunk_frames or self.frames))
+
     @model_validator(mode="after")
     def _conditioning(self):
         if (self.name != "base") != self.unet.lowres:
@@ -121,6 +126,8 @@ class CascadeConfig(Strict):
                 raise ValueError(f"{stage.name}: a temporal stage keeps {before.height}x{before.width}, got {stage.height}x{stage.width}")
             if stage.kind == "tsr" and stage.frames % before.frames:
                 raise ValueError(f"{stage.name}.frames: want a multiple of {before.name}'s {before.frames}, got {stage.frames}")
+            if stage.kind == "tsr" and (stage.chunk_frames or 0) % (ratio := stage.frames // before.frames):
+                raise ValueError(f"{stage.name}.chunk_frames: want a multiple of {ratio}, the frames for each one given, got {stage.chunk_frames}")
             if stage.kind == "ssr" and stage.frames != before.frames:
                 raise ValueError(f"{stage.name}.frames: a spatial stage keeps {before.frames}, got {stage.frames}")
         return self
@@ -140,7 +147,7 @@ class SampleConfig(Strict):
     device: str = "auto"                                        # auto, cpu, cuda, cuda:1 ...
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"     # of weights and activations; auto: bf16 where the hardware has it
     last_stage: Literal["base", "tsr1", "ssr1", "ssr2", "tsr2", "tsr3", "ssr3"] = "ssr3"
-    guidance_weight: float | None = Field(None, ge=0)           # overrides every guided stage's own
+    guidance_weight: float | None = Field(None, ge=0)           # overrides the base model's own
     steps: dict[str, int] = Field(default_factory=dict)         # overrides a stage's sampling steps
 
     @model_validator(mode="after")
@@ -172,6 +179,7 @@ class Phase(Strict):
     videos: int = Field(0, ge=0)                                # clips a step, on each rank
     frames: int = Field(16, gt=0)                               # frames of each clip
     pictures: int = Field(0, ge=0)                              # independent frames a step, each with its own caption and noise level
+    rate: float = Field(1.0, gt=0)                              # factor on both learning rates
 
 
 class PretrainConfig(Strict):
@@ -186,6 +194,7 @@ class PretrainConfig(Strict):
     ema: float = Field(0.998, ge=0, lt=1)
     text_dropout: float = Field(0.1, ge=0, le=1)                # captions left out, for classifier-free guidance
     loss_space: Literal["x", "v", "eps"] = "v"
+    balance_times: bool = False                                 # weight the loss by about 1 / its expectation at each time
     crop: tuple[int, int] | None = None                         # height and width of training crops, for super-resolution
     aug_level_max: float = Field(0.0, ge=0, lt=1)               # conditioning noise is drawn up to this, on half of the samples
     seed: int = Field(0, ge=0)
