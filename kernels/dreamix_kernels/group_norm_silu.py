@@ -17,62 +17,73 @@ def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return F.silu(h)
 
 
-def _group_statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/std of each group in each frame, fp32.   x [N, P, C] -> two of [N, groups]
+CHUNK_ELEMENTS = 1 << 18               # frames are taken a few at a time on the CPU: 1 MiB of fp32 stays in the second-level cache
 
-    Squares are taken around a pivot pixel: E[x^2] - E[x]^2 cancels when a mean is far from zero. Two sweeps over one fp32 copy.
-    """
+
+def _chunks(x: Tensor) -> list[slice]:
     N, P, C = x.shape
-    pivot = x[:, :1].float()
-    centred = x.float() - pivot
-    mean = centred.sum(1) / P
-    square = centred.square_().sum(1) / P
-    spread, mean = (square - mean * mean).view(N, groups, -1), (mean + pivot[:, 0]).view(N, groups, -1)
-    group_mean = mean.mean(-1)
-    var = (spread + (mean - group_mean[..., None]) ** 2).mean(-1)          # within the channels, and between them
-    return group_mean, torch.rsqrt(var.clamp_min(0) + eps)
+    step = max(1, CHUNK_ELEMENTS // (P * C)) if x.device.type == "cpu" else N
+    return [slice(n, n + step) for n in range(0, N, step)]
+
+
+def _group_mean(s: Tensor, groups: int) -> Tensor:
+    """Means over the channels of each group, at every channel.   s [n, C] -> [n, C]"""
+    means = s.view(-1, groups, s.shape[-1] // groups).mean(-1, keepdim=True)
+    return means.expand(-1, -1, s.shape[-1] // groups).reshape(s.shape)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
-    """Everything per (frame, channel) folds into one multiply-add over x; backward recomputes its result instead of saving it."""
+    """Everything per (frame, channel) folds into one multiply-add over x; backward recomputes its result instead of saving it.
+
+    All arithmetic is in fp32 (fp64 for fp64), around a pivot near the mean: E[x^2] - E[x]^2 cancels when a mean is far from zero.
+    """
 
     @staticmethod
     def forward(ctx, x, groups, weight, bias, scale, shift, eps):
         N, P, C = x.shape
-        mean, rstd = _group_statistics(x, groups, eps)
-        film = None if scale is None else 1 + scale.float()
-        affine = weight.float() if film is None else weight.float() * film                     # [C] or [N, C]
-        gain = rstd.repeat_interleave(C // groups, 1) * affine
-        offset = bias.float() if film is None else bias.float() * film + shift.float()
-        offset = offset - mean.repeat_interleave(C // groups, 1) * gain
-        gain, offset = gain.to(x.dtype)[:, None], offset.to(x.dtype)[:, None]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pivot = _group_mean(x[:, 0].to(wide), groups)                                           # [N, C], the first pixel's
+        film = 1 if scale is None else 1 + scale.to(wide)
+        affine = (weight.to(wide) * film).expand(N, C)
+        add = (bias.to(wide) * film + (0 if shift is None else shift.to(wide))).expand(N, C)
+        mean, rstd, gain, offset = torch.empty(4, N, C, dtype=wide, device=x.device)            # mean: above the pivot
+        y = torch.empty_like(x)
+        for n in _chunks(x):
+            f = x[n].to(wide) - pivot[n, None]
+            mean[n] = _group_mean(f.sum(1) / P, groups)
+            var = _group_mean(f.square().sum(1) / P, groups) - mean[n] * mean[n]
+            rstd[n] = torch.rsqrt(var.clamp_min(0) + eps)
+            gain[n] = rstd[n] * affine[n]
+            offset[n] = add[n] - mean[n] * gain[n]
+            y[n] = F.silu(torch.addcmul(offset[n, None], f, gain[n, None], out=f), inplace=True)
         ctx.groups = groups
-        ctx.save_for_backward(x, gain, offset, mean, rstd, weight, bias, scale)
-        return F.silu(torch.addcmul(offset, x, gain))
+        ctx.save_for_backward(x, pivot, mean, rstd, gain, offset, weight, bias, scale)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, gain, offset, mean, rstd, weight, bias, scale = ctx.saved_tensors
+        x, pivot, mean, rstd, gain, offset, weight, bias, scale = ctx.saved_tensors
         N, P, C = x.shape
-        groups, size = ctx.groups, P * (C // ctx.groups)
-        du = torch.ops.aten.silu_backward(dy.contiguous(), torch.addcmul(offset, x, gain))      # u = normalised * affine + shift
-        doffset = du.float().sum(1) if x.dtype == torch.float32 else du.sum(1).float()          # [N, C]: sum of du
-        product = (du * x).sum(1).float()                                                       # [N, C]: sum of du * x
-        mean_c, rstd_c = (s.repeat_interleave(C // groups, 1) for s in (mean, rstd))
-        dnormed = (product - mean_c * doffset) * rstd_c                                         # [N, C]: sum of du * normalised
-        film = 1.0 if scale is None else 1 + scale.float()
-        affine = weight.float() * film
+        wide, groups, dy = pivot.dtype, ctx.groups, dy.contiguous()
+        film = 1 if scale is None else 1 + scale.to(wide)
+        affine = (weight.to(wide) * film).expand(N, C)
+        doffset, dnormed, dx = torch.empty_like(pivot), torch.empty_like(pivot), torch.empty_like(x)
+        for n in _chunks(x):
+            f = x[n].to(wide) - pivot[n, None]
+            u = torch.addcmul(offset[n, None], f, gain[n, None])                                # normalised * affine + add
+            du = torch.ops.aten.silu_backward(dy[n].to(wide), u)
+            doffset[n] = du.sum(1)
+            dnormed[n] = ((du * f).sum(1) - mean[n] * doffset[n]) * rstd[n]                     # sum of du * normalised
+            # through the statistics: dx = du * gain - rstd * (mean of g + normalised * mean of g * normalised), g = du * affine
+            g1, g2 = _group_mean(doffset[n] * affine[n] / P, groups), _group_mean(dnormed[n] * affine[n] / P, groups)
+            a = -rstd[n].square() * g2
+            b = -a * mean[n] - rstd[n] * g1
+            dx[n] = torch.addcmul(b[:, None], f, a[:, None], out=f).addcmul_(du, gain[n, None])
         dweight, dbias = (dnormed * film).sum(0), (doffset * film).sum(0)
         dscale = dshift = None
         if scale is not None:
-            dscale = (dnormed * weight.float() + doffset * bias.float()).to(scale.dtype)
+            dscale = (dnormed * weight.to(wide) + doffset * bias.to(wide)).to(scale.dtype)
             dshift = doffset.to(scale.dtype)
-        # through the statistics: dx = du * gain - rstd * (mean of g + normalised * mean of g * normalised), g = du * affine
-        g1 = (doffset * affine).expand(N, C).view(N, groups, -1).sum(-1) / size
-        g2 = (dnormed * affine).expand(N, C).view(N, groups, -1).sum(-1) / size
-        a = -(rstd * rstd * g2).repeat_interleave(C // groups, 1)
-        b = (rstd * rstd * mean * g2 - rstd * g1).repeat_interleave(C // groups, 1)
-        dx = torch.addcmul(b.to(x.dtype)[:, None], x, a.to(x.dtype)[:, None]).addcmul_(du, gain)
         return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, None
 
 
@@ -80,7 +91,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale:
                     eps: float = 1e-5) -> Tensor:
     """GroupNorm with per-frame statistics, FiLM, SiLU.
 
-    Shapes: x [N, H, W, C] (N frames); weight, bias [C]; scale, shift [N, C] or None -> like x. Statistics in fp32.
+    Shapes: x [N, H, W, C] (N frames); weight, bias [C]; scale, shift [N, C] or None -> like x. Arithmetic in fp32 (fp64 for fp64).
     Raises: ValueError if groups does not divide C, or if scale and shift are not [N, C].
     Source: Wu & He 2018; FiLM as in Dhariwal & Nichol 2021; per-frame statistics because temporal mixing must be the only mixing.
     """
