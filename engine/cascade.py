@@ -26,7 +26,7 @@ from engine.models.unet import VideoUNet
 from engine.runtime import weights
 from engine.runtime.device import resolve_device, resolve_dtype
 
-OSCILLATING_CONSTANT_STEPS = 4        # steps at the full weight before guidance alternates with 1 (Imagen Video Sec. 2.5: "an initial number")
+OSCILLATING_CONSTANT_STEPS = 4        # at the full weight, before guidance alternates with 1 (Imagen Video Sec. 2.5: "an initial number")
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Cascade:
     device: torch.device
     dtype: torch.dtype
     reports: list[StageReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)          # what the user should be told of the last run
 
     @classmethod
     def load(cls, name: str | Path, device: str = "auto", dtype: str = "auto", stages: tuple[str, ...] = STAGE_ORDER) -> "Cascade":
@@ -83,6 +84,7 @@ class Cascade:
             embedding = encoder.encode(prompts).to(self.device)
         finally:
             encoder.release()
+        self.notes = encoder.notes
         width = self.config.stages[0].unet.text_dim
         if embedding.tokens.shape[-1] != width:
             raise WeightsError(f"text encoder {source}: want embeddings of {width}, got {embedding.tokens.shape[-1]}")
@@ -103,8 +105,8 @@ class Cascade:
         for stage in self.config.stages[: STAGE_ORDER.index(settings.last_stage) + 1]:
             steps = settings.steps.get(stage.name, stage.steps)
             start = strength if stage.name == "base" and z is not None else 1.0
-            chunks = stage.frames // stage.chunk_frames if stage.chunk_frames else 1
-            progress.on_stage(stage, start_index(start, steps) * chunks)
+            passes = start_index(start, steps) * stage.chunks
+            progress.on_stage(stage, passes)
             began = time.perf_counter()
             with weights.resident(lambda stage=stage: VideoUNet(stage.unet), self.folder / stage.name, self.device, self.dtype) as network:
                 run = StageRun(stage, network, text, settings, steps, (settings.seed,), progress.on_step)
@@ -112,7 +114,7 @@ class Cascade:
                 parameters = sum(p.numel() for p in network.parameters())
             if not torch.isfinite(before).all():
                 raise NumericError(f"{stage.name}: the sampled video is not finite; try --dtype fp32")
-            report = StageReport(stage.name, *before.shape[1:4], start_index(start, steps) * chunks, time.perf_counter() - began, parameters)
+            report = StageReport(stage.name, *before.shape[1:4], passes, time.perf_counter() - began, parameters)
             self.reports.append(report)
             videos[stage.name] = before[0].cpu()
             progress.on_report(report, videos[stage.name])
@@ -125,8 +127,8 @@ class StageRun:
     text and seeds have one entry for each of B videos that are made side by side; a video never depends on its neighbours.
     """
 
-    def __init__(self, stage: StageConfig, network: VideoUNet, text: TextEmbedding, settings: SampleConfig, steps: int, seeds: Sequence[int],
-                 on_step: Callable[[], None] = lambda: None):
+    def __init__(self, stage: StageConfig, network: VideoUNet, text: TextEmbedding, settings: SampleConfig, steps: int,
+                 seeds: Sequence[int], on_step: Callable[[], None] = lambda: None):
         self.stage, self.network, self.settings, self.steps, self.seeds, self.on_step = stage, network, settings, steps, seeds, on_step
         self.diffusion = stage.diffusion
         self.schedule = CosineSchedule(stage.diffusion.logsnr_shift)

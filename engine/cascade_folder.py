@@ -25,7 +25,8 @@ def find_cascade(name: str | Path) -> tuple[Path, CascadeConfig]:
     names = sorted(p.stem for p in bundled.glob("*.yaml"))
     if str(name) not in names:
         hint = nearest(str(name), names)
-        raise ConfigError(f"cascade: want a folder, a YAML file or one of {', '.join(names)}; got {name}" + (f" (did you mean {hint}?)" if hint else ""))
+        hint = f" (did you mean {hint}?)" if hint else ""
+        raise ConfigError(f"cascade: want a folder, a YAML file or one of {', '.join(names)}; got {name}{hint}")
     return bundled / str(name), load_config(CascadeConfig, bundled / f"{name}.yaml")
 
 
@@ -59,4 +60,5 @@ def write_index(folder: Path, config: CascadeConfig) -> None:
         **{f"_{stage.name}": ["engine", "VideoUNet"] for stage in config.stages}, "_text_encoder": ["transformers", "T5EncoderModel"],
         "_tokenizer": ["transformers", "PreTrainedTokenizerFast"]})
     for stage in config.stages:
-        write(folder / stage.name / "config.json", {"_class_name": "VideoUNet", "_dreamix_version": __version__, **stage.model_dump(mode="json")})
+        about = {"_class_name": "VideoUNet", "_dreamix_version": __version__}
+        write(folder / stage.name / "config.json", about | stage.model_dump(mode="json"))

@@ -12,12 +12,12 @@ TEXT_TOKENS = 32        # a long sentence; attention to text is a few parts in a
 
 
 def plan(cascade: CascadeConfig, settings: SampleConfig, strength: float = 1.0) -> list[dict]:
-    """One record a stage, in order: stage, shape, fps, steps (network passes of the sampler), chunks, parameters, flops and weight bytes."""
+    """One record a stage, in order: stage, shape, fps, steps (the sampler's, of each chunk), chunks, parameters, flops and weight bytes."""
     width = {"fp32": 4}.get(settings.dtype, 2)
     records = []
     for stage in cascade.stages[: STAGE_ORDER.index(settings.last_stage) + 1]:
         steps = start_index(strength if stage.name == "base" else 1.0, settings.steps.get(stage.name, stage.steps))
-        chunk = stage.chunk_frames or stage.frames
+        chunk = min(stage.chunk_frames or stage.frames, stage.frames)
         weight = stage.diffusion.guidance_weight
         if stage.name == "base" and settings.guidance_weight is not None:
             weight = settings.guidance_weight
@@ -25,9 +25,9 @@ def plan(cascade: CascadeConfig, settings: SampleConfig, strength: float = 1.0) 
         parameters, flops = step_cost(stage, chunk)
         records.append({
             "stage": stage.name, "frames": stage.frames, "height": stage.height, "width": stage.width, "fps": stage.fps,
-            "steps": steps, "chunks": stage.frames // chunk, "passes_per_step": passes, "parameters": parameters,
-            "weight_bytes": parameters * width, "flops_per_step": flops * passes * (stage.frames // chunk),
-            "flops": flops * passes * steps * (stage.frames // chunk)})
+            "steps": steps, "chunks": stage.chunks, "passes_per_step": passes, "parameters": parameters,
+            "weight_bytes": parameters * width, "flops_per_step": flops * passes * stage.chunks,
+            "flops": flops * passes * steps * stage.chunks})
     return records
 
 
@@ -51,5 +51,6 @@ def table(records: list[dict]) -> str:
         lines.append(f"{r['stage']:6} {shape:>24} {r['fps']:>5g} {steps:>7} {r['parameters'] / 1e6:>10.2f} M "
                      f"{r['flops_per_step'] / 1e12:>11.3f} {r['flops'] / 1e12:>10.2f}")
     total = sum(r["flops"] for r in records)
-    lines.append(f"{'all':6} {'':>24} {'':>5} {'':>7} {sum(r['parameters'] for r in records) / 1e6:>10.2f} M {'':>11} {total / 1e12:>10.2f}")
+    parameters = sum(r["parameters"] for r in records)
+    lines.append(f"{'all':6} {'':>24} {'':>5} {'':>7} {parameters / 1e6:>10.2f} M {'':>11} {total / 1e12:>10.2f}")
     return "\n".join(lines)

@@ -126,8 +126,8 @@ class CascadeConfig(Strict):
                 raise ValueError(f"{stage.name}: a temporal stage keeps {before.height}x{before.width}, got {stage.height}x{stage.width}")
             if stage.kind == "tsr" and stage.frames % before.frames:
                 raise ValueError(f"{stage.name}.frames: want a multiple of {before.name}'s {before.frames}, got {stage.frames}")
-            if stage.kind == "tsr" and (stage.chunk_frames or 0) % (ratio := stage.frames // before.frames):
-                raise ValueError(f"{stage.name}.chunk_frames: want a multiple of {ratio}, the frames for each one given, got {stage.chunk_frames}")
+            if stage.kind == "tsr" and (chunk := stage.chunk_frames or 0) % (ratio := stage.frames // before.frames):
+                raise ValueError(f"{stage.name}.chunk_frames: want a multiple of {ratio}, the frames for each one given, got {chunk}")
             if stage.kind == "ssr" and stage.frames != before.frames:
                 raise ValueError(f"{stage.name}.frames: a spatial stage keeps {before.frames}, got {stage.frames}")
         return self

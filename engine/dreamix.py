@@ -50,7 +50,8 @@ def edit(cascade: Cascade, path: str | Path, prompt: str, config: EditConfig, pr
     seconds = min(clip.duration, last.frames / last.fps)
     notes = list(dict.fromkeys(clip.notes + source.notes))
     if clip.duration > last.frames / last.fps + 0.5 / last.fps:
-        notes.append(f"the cascade makes {last.frames / last.fps:.2f} s: edited {config.start:g} to {config.start + seconds:.2f} s of the input")
+        end = config.start + seconds
+        notes.append(f"the cascade makes {last.frames / last.fps:.2f} s: edited {config.start:g} to {end:.2f} s of the input")
     degraded = degrade(clip.video, config.strength, base, config.seed, config.steps.get("base"))
     stages = cascade.sample(prompt, config, z=degraded, strength=config.strength, progress=progress)
 
@@ -58,12 +59,12 @@ def edit(cascade: Cascade, path: str | Path, prompt: str, config: EditConfig, pr
         return video[: max(1, math.ceil(len(video) * seconds / (last.frames / last.fps) - 1e-6))]
 
     stages = {name: trimmed(video) for name, video in stages.items()}
-    return Result(stages[config.last_stage], Fraction(last.fps).limit_denominator(1001), stages, trimmed(source.video), trimmed(degraded), seconds,
-                  tuple(notes))
+    return Result(stages[config.last_stage], Fraction(last.fps).limit_denominator(1001), stages, trimmed(source.video), trimmed(degraded),
+                  seconds, (*notes, *cascade.notes))
 
 
 def generate(cascade: Cascade, prompt: str, config: GenerateConfig, progress: Progress | None = None) -> Result:
     """A video from text alone: sampling from s = 1, where nothing of an input is left."""
     last = cascade.config.stage(config.last_stage)
     stages = cascade.sample(prompt, config, progress=progress)
-    return Result(stages[config.last_stage], Fraction(last.fps).limit_denominator(1001), stages)
+    return Result(stages[config.last_stage], Fraction(last.fps).limit_denominator(1001), stages, notes=tuple(cascade.notes))

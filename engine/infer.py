@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from engine.errors import ConfigError, OutOfMemory, UserError
@@ -18,7 +19,8 @@ DEMO_PROMPT = "a blue square moving left over a striped grey background"
 
 def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--cascade", default="sprites", metavar="NAME|PATH", help="a name in configs/cascade, a YAML file, or a folder of weights")
+    common.add_argument("--cascade", default="sprites", metavar="NAME|PATH",
+                        help="a name in configs/cascade, a YAML file, or a folder of weights")
     common.add_argument("--config", type=Path, metavar="FILE", help="settings (YAML); flags and --set win over it")
     common.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting, e.g. steps.ssr2=8")
     common.add_argument("--seed", type=int)
@@ -29,13 +31,16 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
     common.add_argument("--quiet", action="store_true", help="no progress bars and notes")
     output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--out", type=Path, metavar="PATH", help=".mp4, .gif, .npy, or a folder for PNG frames; default out/<command>.mp4")
+    output.add_argument("--out", type=Path, metavar="PATH",
+                        help=".mp4, .gif, .npy, or a folder for PNG frames; default out/<command>.mp4")
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--strength", type=float, metavar="S", help="noise on the input, the paper's s: 0 keeps it, 1 ignores it; default 0.8")
+    source.add_argument("--strength", type=float, metavar="S",
+                        help="noise on the input, the paper's s: 0 keeps it, 1 ignores it; default 0.8")
     source.add_argument("--fit", choices=("crop", "pad", "stretch"), help="how the input meets the cascade's aspect; default crop")
     source.add_argument("--start", type=float, metavar="SECONDS", help="where in the input to begin")
 
-    p = argparse.ArgumentParser(prog="python -m engine.infer", description="Edit and generate videos with a cascade of seven diffusion models.")
+    p = argparse.ArgumentParser(prog="python -m engine.infer",
+                                description="Edit and generate videos with a cascade of seven diffusion models.")
     commands = p.add_subparsers(dest="command", required=True, metavar="{edit,generate,demo,plan,info}")
     edit = commands.add_parser("edit", parents=[common, output, source], help="edit a video by a text prompt")
     edit.add_argument("--video", required=True, type=Path, help="video file, GIF, .npy, picture, or folder of pictures")
@@ -44,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True)
     demo = commands.add_parser("demo", parents=[common, output, source], help="edit a bundled clip; needs no arguments")
     demo.add_argument("--prompt", default=DEMO_PROMPT)
-    commands.add_parser("plan", parents=[common, source], help="resolved config and, per stage, shape, steps, parameters, FLOPs; loads no weights")
+    commands.add_parser("plan", parents=[common, source],
+                        help="resolved config and, per stage, shape, steps, parameters, FLOPs; loads no weights")
     info = commands.add_parser("info", help="versions, devices, kernels and attention backends, and why each is or is not used")
     info.add_argument("--json", action="store_true")
     return p
@@ -87,7 +93,10 @@ def run(args) -> None:
     for note in result.notes:
         progress.note(note)
     record = outputs.manifest(cascade, config, args.prompt, result, args.command, video)
-    paths = outputs.write(result, out, record, video)
+    with warnings.catch_warnings(record=True) as caught:
+        paths = outputs.write(result, out, record, video)
+    for warning in caught:
+        progress.note(str(warning.message))
     if args.json:
         print(json.dumps({"result": {name: str(path) for name, path in paths.items()}, "seconds": sum(record["seconds"].values())}))
     else:
@@ -129,7 +138,7 @@ def plan(args) -> None:
     config = settings(args, EditConfig)
     folder, cascade = find_cascade(args.cascade)
     # without an input the base starts from noise
-    records = make_plan(cascade, config, config.strength if args.strength is not None else 1.0)
+    records = make_plan(cascade, config, config.strength if "strength" in config.model_fields_set else 1.0)
     if args.json:
         print(json.dumps({"cascade": cascade.name, "weights": str(folder), "config": config.model_dump(mode="json"), "stages": records}))
     else:
@@ -158,8 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         {"plan": plan, "info": info}.get(args.command, run)(args)
+        sys.stdout.flush()                                                      # here, where a reader that has gone is no traceback
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)       # one line, whatever a path holds
         return error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

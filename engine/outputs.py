@@ -15,7 +15,7 @@ from engine.config import SampleConfig
 from engine.dreamix import Result
 from engine.errors import ConfigError, DiskError
 from engine.media import contact_sheet, side_by_side, write_video
-from engine.media.atomic import disk_errors, replacing
+from engine.media.atomic import check_target, disk_errors, replacing
 from engine.media.encode import WRITERS
 from engine.runtime.device import dtype_name
 from engine.runtime.weights import fingerprint
@@ -32,6 +32,8 @@ def check_output(out: Path) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DiskError(f"{out}: cannot be written: {parent} is not a folder that can be written to")
+    with disk_errors(out):
+        check_target(out, folder=not out.suffix)
 
 
 def video_hash(video: Tensor) -> str:
@@ -71,10 +73,10 @@ def write(result: Result, out: Path, record: dict, video: Path | None) -> dict[s
     for path in (out, *beside.values()):
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-    sounding = video if video is not None and Path(video).is_file() and out.suffix == ".mp4" else None
+    sounding = video if video is not None and Path(video).is_file() and out.suffix.lower() == ".mp4" else None
     start = record["config"].get("start", 0.0)
     write_video(out, result.output, result.fps, audio_from=sounding, audio_start=start,
-                metadata={key: record[key] for key in ("dreamix", "prompt", "config")} if out.suffix == ".mp4" else None)
+                metadata={key: record[key] for key in ("dreamix", "prompt", "config")} if out.suffix.lower() == ".mp4" else None)
     rows = [(name, stage) for name, stage in result.stages.items()]
     if result.source is not None:
         panels = [("input", result.source), ("output", result.output)]

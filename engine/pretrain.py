@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--stage: want one of {' '.join(STAGE_ORDER)}, got {args.stage}")
         run = Pretraining(cascade, args.stage, config, args.source, folder, args.out)
         if args.publish:
-            run.resume()
+            if not run.resume():
+                raise ConfigError(f"--publish: want the folder of a run in --out, got {args.out}, which has none")
             run.export(folder / args.stage / WEIGHTS_NAME)
             write_index(folder, cascade)
             return 0

@@ -46,7 +46,10 @@ def upsample(video: Tensor, frames: int, height: int, width: int, temporal: str 
 
 
 def downsample(video: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """What the stage before would have made: frame skipping, then antialiased resizing.   [B, T, H, W, C] -> [B, frames, height, width, C]"""
+    """What the stage before would have made: frame skipping, then antialiased resizing.
+
+    Shapes: [B, T, H, W, C] -> [B, frames, height, width, C]
+    """
     T = video.shape[1]
     if T % frames:
         raise ValueError(f"frames: want a divisor of the video's {T}, got {frames}")

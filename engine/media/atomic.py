@@ -39,7 +39,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _check_target(path: Path, folder: bool) -> None:
+def check_target(path: Path, folder: bool) -> None:
     """Only what a former run could have written is replaced: never a device, another kind of thing, or a folder with other files in it."""
     if not os.path.lexists(path) or path.is_symlink() and not path.exists():
         return
@@ -61,7 +61,7 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
     made: list[Path] = []
     try:
         with disk_errors(path):
-            _check_target(path, folder)
+            check_target(path, folder)
             missing = path.parent
             while not missing.exists():
                 made.append(missing)

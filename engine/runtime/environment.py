@@ -37,7 +37,8 @@ def devices() -> list[dict]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         found.append({"device": f"cuda:{i}", "name": p.name, "memory_gib": round(p.total_memory / 2**30, 1),
-                      "capability": f"sm_{p.major}{p.minor}", "bf16": torch.cuda.is_bf16_supported(), "default": auto.type == "cuda" and i == 0})
+                      "capability": f"sm_{p.major}{p.minor}", "bf16": torch.cuda.is_bf16_supported(),
+                      "default": auto.type == "cuda" and i == 0})
     return found
 
 

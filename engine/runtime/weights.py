@@ -49,8 +49,8 @@ def check(folder: Path, shapes: dict[str, torch.Size]) -> None:
                 found[name] = tuple(f.get_slice(name).get_shape())
     missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or extra:
-        what = f"{len(missing)} missing" + (f" ({missing[0]})" if missing else "") + f", {len(extra)} unknown" + (f" ({extra[0]})" if extra else "")
-        raise WeightsError(f"{folder}: weights do not fit the config: {what}")
+        what = (f"{len(names)} {kind}" + (f" ({names[0]})" if names else "") for kind, names in (("missing", missing), ("unknown", extra)))
+        raise WeightsError(f"{folder}: weights do not fit the config: {', '.join(what)}")
     for name, shape in shapes.items():
         if found[name] != tuple(shape):
             raise WeightsError(f"{folder}: {name}: want shape {[*shape]}, got {[*found[name]]}")

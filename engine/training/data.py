@@ -35,6 +35,8 @@ def draw_crop(seed: int, stage: StageConfig, crop: tuple[int, int] | None, grid:
     """A crop (y, x, h, w) whose corner lies on a grid, so that a lower resolution has whole pixels there."""
     if crop is None:
         return 0, 0, stage.height, stage.width
+    if crop[0] > stage.height or crop[1] > stage.width:
+        raise ValueError(f"crop: want at most {stage.name}'s {stage.height}x{stage.width}, got {crop[0]}x{crop[1]}")
     rng = random.Random(seed)
     y, x = (rng.randrange(0, (full - size) // grid + 1) * grid for full, size in zip((stage.height, stage.width), crop))
     return y, x, *crop
@@ -71,8 +73,8 @@ class Folder:
 
     def __init__(self, root: str | Path, fit: str = "crop"):
         self.fit = fit
-        self.items = [(path, lines) for path in sorted(Path(root).iterdir()) if path.suffix != ".txt"
-                      and (lines := self._captions(path.with_suffix(".txt")))]
+        entries = sorted(Path(root).iterdir()) if Path(root).is_dir() else []
+        self.items = [(path, lines) for path in entries if path.suffix != ".txt" and (lines := self._captions(path.with_suffix(".txt")))]
         if not self.items:
             raise MediaError(f"{root}: want videos with a caption file beside each (clip.mp4, clip.txt), found none")
 
@@ -81,7 +83,7 @@ class Folder:
         return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()] if path.is_file() else []
 
     def clips(self, seed, count, stage, frames, crop=None):
-        from engine.media import read_clip
+        from engine.media import probe, read_clip
 
         rng = random.Random(seed)
         y, x, h, w = draw_crop(seed, stage, crop)
@@ -89,7 +91,9 @@ class Folder:
         fps = stage.fps * rate / stage.frames
         videos, captions = [], []
         for path, lines in rng.choices(self.items, k=count):
-            video = read_clip(path, frames=frames, fps=fps, height=stage.height, width=stage.width, fit=self.fit, start=start / fps).video
+            # a clip that is over before the window begins gives its end
+            begin = max(0.0, min(start / fps, (probe(path).duration or 0.0) - frames / fps))
+            video = read_clip(path, frames=frames, fps=fps, height=stage.height, width=stage.width, fit=self.fit, start=begin).video
             videos.append(video[:, y : y + h, x : x + w])
             captions.append(rng.choice(lines))
         return torch.stack(videos), captions

@@ -5,12 +5,14 @@ been. Started by torchrun, ranks share the batch and sum their gradients through
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.config import CascadeConfig, PretrainConfig
@@ -18,13 +20,13 @@ from engine.diffusion.augmentation import augment
 from engine.diffusion.conditioning import downsample, upsample
 from engine.diffusion.loss import diffusion_loss
 from engine.diffusion.schedule import CosineSchedule, add_noise
+from engine.errors import ConfigError, NumericError, WeightsError
 from engine.models.text import TextEmbedding, TextEncoder
 from engine.models.unet import VideoUNet
 from engine.runtime.weights import WEIGHTS_NAME
 
-from .data import batch_seed, open_source
+from .data import batch_seed, draw_crop, draw_window, open_source
 from .optimizer import MasterWeights
-
 
 
 class Pretraining:
@@ -49,6 +51,13 @@ class Pretraining:
         self.text = TextEncoder(text_source, precision="fp32", max_tokens=cascade.text.max_tokens)
         self.schedule = CosineSchedule(self.stage.diffusion.logsnr_shift)
         self.total = sum(phase.steps for phase in config.phases)
+        try:                                                # now, not at the step that first meets it
+            draw_crop(0, self.stage, config.crop)
+            for phase in config.phases:
+                if phase.videos:
+                    draw_window(0, self.stage, phase.frames)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     @property
     def step_index(self) -> int:
@@ -62,10 +71,10 @@ class Pretraining:
         raise IndexError(step)
 
     def rate(self, step: int) -> float:
-        """Linear warmup, flat, then a cosine to zero."""
+        """Linear warmup, flat within a phase, then a cosine to zero."""
         warm = min(1.0, (step + 1) / max(1, self.config.warmup))
         left = (self.total - step) / max(1.0, self.config.decay * self.total)
-        return warm * (0.5 - 0.5 * torch.cos(torch.tensor(min(1.0, left) * torch.pi)).item())
+        return self.phase(step).rate * warm * (0.5 - 0.5 * torch.cos(torch.tensor(min(1.0, left) * torch.pi)).item())
 
     def losses(self, step: int):
         """The step's losses, to be weighted alike: a clip batch and a picture batch, as far as the phase has them."""
@@ -94,7 +103,8 @@ class Pretraining:
         output = self.model(add_noise(video, eps, times, self.schedule), times, text.tokens, text.mask, lowres=lowres, aug_level=levels,
                             independent_frames=independent)
         prediction = self.stage.diffusion.prediction
-        return diffusion_loss(output, video, eps, times, self.schedule, prediction, self.config.loss_space).mean()
+        losses = diffusion_loss(output, video, eps, times, self.schedule, prediction, self.config.loss_space)
+        return (losses * balance(times)).mean() if self.config.balance_times else losses.mean()
 
     def drop_captions(self, text: TextEmbedding, generator) -> TextEmbedding:
         keep = torch.rand(len(text.mask), generator=generator) >= self.config.text_dropout
@@ -127,6 +137,8 @@ class Pretraining:
             pieces = flat.split([g.numel() for g in gradients.values()])
             gradients = {name: piece.view_as(g) for (name, g), piece in zip(gradients.items(), pieces)}
         norm = torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
+        if not norm.isfinite():      # after the sum, so that every rank sees it; the weights are still those of the step before
+            raise NumericError(f"step {step}: the gradient is not finite, losses {record}; the run's last save is intact")
         torch._foreach_mul_(list(gradients.values()), (self.config.clip / norm.clamp_min(self.config.clip)).item())
         rate = self.rate(step)
         self.optimizer.step(gradients, rate * self.config.muon_lr, rate * self.config.adam_lr)
@@ -156,15 +168,31 @@ class Pretraining:
             publish(self.optimizer.state_dict(), self.out / "state.safetensors")
             self.export(self.out / WEIGHTS_NAME)
 
-    def resume(self) -> None:
+    def resume(self) -> bool:
+        """Whether there was a state to go on from.   Raises: WeightsError if it is damaged or another network's."""
         path = self.out / "state.safetensors"
-        if path.is_file():
+        if not path.is_file():
+            return False
+        try:
             self.optimizer.load_state_dict(load_file(path))
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise WeightsError(f"{path}: not a state of this stage ({' '.join(str(error).split())})") from error
+        return True
 
     def export(self, path: Path) -> None:
         """The averaged weights in fp16: what the cascade ships."""
         path.parent.mkdir(parents=True, exist_ok=True)
         publish({name: value.half().contiguous() for name, value in self.optimizer.ema.items()}, path)
+
+
+def balance(times: torch.Tensor) -> torch.Tensor:
+    """Weights [B], 1 on average over [0, 1], that give every noise level about the same say in the gradient.
+
+    Near time 1 most of the error cannot be learned away and drowns what can, so a level counts by the inverse of the error it keeps,
+    which grows about linearly with time here.
+    Source: the uncertainty weighting of Karras et al. 2024 (EDM2), App. B.2, with the fit held fixed.
+    """
+    return 0.9 / math.log(10) / (0.1 + 0.9 * times)
 
 
 def publish(tensors: dict[str, torch.Tensor], path: Path) -> None:
