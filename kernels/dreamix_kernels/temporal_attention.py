@@ -12,10 +12,18 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, independen
     """Softmax attention over T at each pixel, with an additive bias.
 
     Shapes: q, k, v [B, T, H, W, heads, head_dim]; bias [heads, T, T]; independent_frames bool [B] or None -> like v.
+    Raises: ValueError if a shape is another, or the mask is not bool.
     Source: Imagen Video Sec. 2.1; the mask is Sec. 4.2 of Dreamix ("only pays attention within each frame").
     """
+    B, T, heads = *v.shape[:2], v.shape[4]
+    if not q.shape == k.shape == v.shape:
+        raise ValueError(f"q, k: want the shape of v = {[*v.shape]}, got {[*q.shape]}, {[*k.shape]}")
+    if bias.shape != (heads, T, T):
+        raise ValueError(f"bias: want [heads, T, T] = {[heads, T, T]}, got {[*bias.shape]}")
     if independent_frames is None:
         return _attend(q, k, v, bias)
+    if independent_frames.dtype != torch.bool or independent_frames.shape != (B,):
+        raise ValueError(f"independent_frames: want bool [{B}], got {independent_frames.dtype} {[*independent_frames.shape]}")
     video = (~independent_frames).nonzero().squeeze(1)
     if video.numel() == 0:
         return v
