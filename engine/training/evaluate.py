@@ -29,7 +29,7 @@ from engine.models.unet import VideoUNet
 from engine.runtime import weights
 from engine.runtime.device import dtype_name
 from engine.sprites import ATTRIBUTES, Scenes, captions, render, sample_scenes
-from engine.sprites.readout import read, score
+from engine.sprites.readout import Reading, read
 
 TARGETS = {"colour": 0.95, "background_colour": 0.95, "style": 0.95, "background_kind": 0.8, "shape": 0.8, "motion": 0.8}
 STRENGTHS = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -73,8 +73,10 @@ def judge_base(stage: StageConfig, network, text: TextEmbedding, scenes: Scenes,
     """The share of clips made from text alone in which each attribute is read as asked -> (report, clips [N, T, H, W, 3])."""
     video = torch.cat([finite(stage.name, stage_run(stage, network, text, settings, some).base(None, 1.0))
                        for some in batches(stage.name, len(scenes), batch)])
-    accuracy = score(video, scenes)
-    return {"clips": len(scenes), "accuracy": accuracy, "match": read(video).match.mean().item(),
+    reading = read(video)
+    hits = agreement(reading, scenes)
+    accuracy = {name: mean([hit[name] for hit in hits]) for name in ATTRIBUTES}
+    return {"clips": len(scenes), "accuracy": accuracy, "match": reading.match.mean().item(),
             "targets": {name: {"want": want, "margin": accuracy[name] - want, "met": accuracy[name] >= want}
                         for name, want in TARGETS.items()}}, video
 
@@ -140,7 +142,7 @@ def judge_edits(stage: StageConfig, network, text: TextEmbedding, scenes: Scenes
     steps = settings.steps.get(stage.name, stage.steps)
 
     def judged(video: Tensor) -> dict:
-        hits = [{name: found[name] == want for name, want in wanted.attributes(i).items()} for i, found in enumerate(read(video))]
+        hits = agreement(read(video), wanted)
         asked = [hit[name] for hit, name in zip(hits, changed)]
         kept = [sum(hit[other] for other in hit if other != name) / (len(hit) - 1) for hit, name in zip(hits, changed)]
         each = {name: [ok for ok, other in zip(asked, changed) if other == name] for name in ATTRIBUTES}
@@ -156,6 +158,11 @@ def judge_edits(stage: StageConfig, network, text: TextEmbedding, scenes: Scenes
             made.append(finite("edit", run.denoise(z.to(run.device), None, None, range(stage.frames), strength)))
         report["strengths"][str(strength)] = judged(torch.cat(made))
     return report
+
+
+def agreement(reading: Reading, wanted: Scenes) -> list[dict[str, bool]]:
+    """Per clip and attribute, whether it is read as wanted."""
+    return [{name: found[name] == want for name, want in wanted.attributes(i).items()} for i, found in enumerate(reading)]
 
 
 def mean(values) -> float | None:
