@@ -92,7 +92,7 @@ class VideoUNet(nn.Module):
 
     def forward(self, z: Tensor, time: Tensor, text: Tensor, text_mask: Tensor, *, lowres: Tensor | None = None,
                 aug_level: Tensor | None = None, independent_frames: Tensor | None = None) -> Tensor:
-        self._check(z, lowres, aug_level, independent_frames)
+        self._check(z, time, text, text_mask, lowres, aug_level, independent_frames)
         emb, tokens = self._embed(z.shape[1], time, text.to(self.dtype), text_mask, aug_level, independent_frames)
         x = self._stem(z, lowres)
         skips = []
@@ -138,17 +138,23 @@ class VideoUNet(nn.Module):
             x = torch.cat([x, maps.expand(*x.shape[:2], *maps.shape)], -1)
         return conv2d(x, self.stem)
 
-    def _check(self, z, lowres, aug_level, independent_frames):
-        B, T, H, W, C = z.shape
-        s = self.config.space_to_depth
-        if C != 3 or H % s or W % s:
+    def _check(self, z, time, text, text_mask, lowres, aug_level, independent_frames):
+        s, width = self.config.space_to_depth, self.config.text_dim
+        if z.ndim != 5 or z.shape[-1] != 3 or z.shape[2] % s or z.shape[3] % s:
             raise ValueError(f"z: want [B, T, H, W, 3] with H and W multiples of {s}, got {[*z.shape]}")
         if self.config.lowres != (lowres is not None) or self.config.lowres != (aug_level is not None):
             raise ValueError(f"lowres, aug_level: want both {'given' if self.config.lowres else 'None'} for this stage")
         if lowres is not None and lowres.shape != z.shape:
             raise ValueError(f"lowres: want the shape of z = {[*z.shape]}, got {[*lowres.shape]}")
-        if independent_frames is not None and (independent_frames.dtype != torch.bool or independent_frames.shape != (B,)):
-            raise ValueError(f"independent_frames: want bool [{B}], got {independent_frames.dtype} {[*independent_frames.shape]}")
+        B = len(z)
+        for name, x in (("time", time), ("aug_level", aug_level)):
+            if x is not None and x.shape != (B,):
+                raise ValueError(f"{name}: want [{B}], got {[*x.shape]}")
+        if text.ndim != 3 or text.shape[0] != B or text.shape[2] != width:
+            raise ValueError(f"text: want [{B}, L, {width}], got {[*text.shape]}")
+        for name, x, want in (("text_mask", text_mask, text.shape[:2]), ("independent_frames", independent_frames, (B,))):
+            if x is not None and (x.dtype != torch.bool or x.shape != want):
+                raise ValueError(f"{name}: want bool {[*want]}, got {x.dtype} {[*x.shape]}")
 
 
 def count_parameters(config: UNetConfig) -> int:

@@ -26,7 +26,8 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, independen
         raise ValueError(f"independent_frames: want bool [{B}], got {independent_frames.dtype} {[*independent_frames.shape]}")
     video = (~independent_frames).nonzero().squeeze(1)
     if video.numel() == 0:
-        return v
+        # the bias stays in the graph with a zero gradient: every rank of ZeRO-3 sees the same set
+        return v + 0 * bias.sum() if torch.is_grad_enabled() and bias.requires_grad else v
     if video.numel() == v.shape[0]:
         return _attend(q, k, v, bias)
     return v.index_copy(0, video, _attend(q[video], k[video], v[video], bias))
