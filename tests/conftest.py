@@ -84,6 +84,8 @@ def film():
         with av.open(str(path), "w") as out:
             stream = out.add_stream("libx264", rate=24, options={"crf": "4", "threads": "1"})
             stream.width, stream.height, stream.pix_fmt = 48, 36, "yuv420p"
+            context = stream.codec_context
+            context.color_range = context.colorspace = context.color_primaries = context.color_trc = 1
             audio = out.add_stream("aac", rate=48000, layout="mono") if sound else None
             for level in levels:
                 pixels = np.full((36, 48, 3), round((level + 1) * 127.5), np.uint8) if picture is None else picture
