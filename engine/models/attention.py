@@ -1,8 +1,9 @@
 """The layers that mix: pixels of a frame with each other and with the text, and frames of a pixel with each other."""
 
 import torch
-from dreamix_kernels import group_norm_silu, spatial_attention, temporal_attention, temporal_conv
 from torch import Tensor, nn
+
+from dreamix_kernels import group_norm_silu, spatial_attention, temporal_attention, temporal_conv
 
 from .embeddings import RelativePositionBias
 

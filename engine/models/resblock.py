@@ -4,8 +4,9 @@ Videos are [B, T, H, W, C]; a 2-D convolution sees [B * T, C, H, W] in channels_
 """
 
 import torch.nn.functional as F
-from dreamix_kernels import group_norm_silu
 from torch import Tensor, nn
+
+from dreamix_kernels import group_norm_silu
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:

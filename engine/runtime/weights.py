@@ -29,7 +29,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise WeightsError(f"{folder}: want {WEIGHTS_NAME} (or its index and shards), found neither")
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index}: want a JSON object with a weight_map, got {error}") from error
     for name in names:

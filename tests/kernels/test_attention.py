@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+
 from dreamix_kernels import spatial_attention
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 7, 2, 5), (1, 2, 60, 3, 32), (2, 1, 240, 2, 16), (1, 1, 300, 1, 64)]     # B, T, P, heads, head_dim

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from dreamix_kernels import group_norm_silu
 from dreamix_kernels.group_norm_silu import group_norm_silu_reference
 

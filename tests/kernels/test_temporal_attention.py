@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from dreamix_kernels import temporal_attention
 
 
@@ -26,8 +27,8 @@ def test_matches_reference_under_every_mask(mask, dtype, randn, assert_matches):
     assert_matches(temporal_attention, reference, inputs(randn, B=3, dtype=dtype, mask=mask))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (1, 2, 1, 1, 3, 5), (2, 7, 3, 1, 2, 33), (1, 16, 12, 20, 3, 32), (1, 31, 1, 5, 1, 64),
-                                   (1, 64, 2, 3, 2, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (1, 2, 1, 1, 3, 5), (2, 7, 3, 1, 2, 33), (1, 16, 12, 20, 3, 32),
+                                   (1, 31, 1, 5, 1, 64), (1, 64, 2, 3, 2, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_reference_at_every_length(shape, dtype, randn, assert_matches):
     assert_matches(temporal_attention, reference, inputs(randn, *shape, dtype=dtype))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dreamix_kernels import temporal_conv
 
 SHAPES = [(1, 1, 1, 1, 1, 1), (2, 2, 3, 1, 3, 5), (1, 5, 7, 3, 24, 8), (2, 16, 6, 10, 32, 32), (1, 33, 2, 3, 16, 16), (1, 64, 3, 5, 8, 8)]

@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dreamix_kernels
+from engine.runtime import environment
+
+
+@pytest.fixture(scope="module")
+def found():
+    return environment.describe()
+
+
+def test_has_all_parts_and_is_json(found):
+    assert set(found) == {"versions", "devices", "default_dtype", "kernels", "attention"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_versions_are_those_installed(found):
+    assert found["versions"]["torch"] == torch.__version__ or found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert set(environment.PACKAGES) < set(found["versions"])
+
+
+def test_a_missing_package_is_none(monkeypatch):
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package-at-all"))
+    assert environment.versions()["no-such-package-at-all"] is None
+
+
+def test_one_device_is_the_default(found):
+    assert sum(d["default"] for d in found["devices"]) == 1
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu" and cpu["threads"] == torch.get_num_threads() and cpu["name"]
+    assert len(found["devices"]) == 1 + torch.cuda.device_count()
+    assert found["default_dtype"] in ("fp32", "bf16", "fp16")
+
+
+def test_every_backend_and_kernel_has_a_reason(found):
+    for entry in found["attention"] + found["kernels"]:
+        assert entry["reason"] and "\n" not in entry["reason"]
+    assert {entry["kernel"] for entry in found["kernels"]} == set(dreamix_kernels.__all__)
+    assert [entry["backend"] for entry in found["attention"]] == ["sdpa", "xformers"]
+
+
+def test_sdpa_is_used_because_it_agrees(found):
+    sdpa = found["attention"][0]
+    assert sdpa["works"] and sdpa["used"] and sdpa["reason"] == "agrees with the reference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_xformers_is_not_used_on_a_cpu(found):
+    xformers = found["attention"][1]
+    assert not xformers["works"] and not xformers["used"] and "GPU" in xformers["reason"]
+
+
+def test_a_backend_is_judged_by_its_numbers(monkeypatch):
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: sdpa(q, k, v) + 0.01)
+    entry = environment.attention_backends()[0]
+    assert not entry["works"] and not entry["used"] and entry["reason"].startswith("differs from the reference by 0.01")
+
+
+@pytest.mark.parametrize("problem, reason", [(RuntimeError("no kernel\nmore"), "no kernel"), (KeyError(), "KeyError")])
+def test_a_backend_that_refuses_says_why(monkeypatch, problem, reason):
+    def refuse(*args):
+        raise problem
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    entry = environment.attention_backends()[0]
+    assert not entry["works"] and not entry["used"] and entry["reason"] == reason
+
+
+def test_nothing_heavy_is_imported():
+    script = ("import sys; from engine.runtime import environment; environment.describe();"
+              "print(sorted({'transformers', 'deepspeed', 'bitsandbytes', 'av'} & set(sys.modules)))")
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.strip() == "[]" and not result.stderr, result.stderr
