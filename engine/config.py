@@ -196,6 +196,7 @@ class PretrainConfig(Strict):
     loss_space: Literal["x", "v", "eps"] = "v"
     balance_times: bool = False                                 # weight the loss by about 1 / its expectation at each time
     crop: tuple[int, int] | None = None                         # height and width of training crops, for super-resolution
+    pan: int = Field(0, ge=0)                                   # crops of clips drift by up to this many pixels a frame, each way
     aug_level_max: float = Field(0.0, ge=0, lt=1)               # conditioning noise is drawn up to this, on half of the samples
     seed: int = Field(0, ge=0)
     save_every: int = Field(100, gt=0)

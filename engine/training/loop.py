@@ -52,8 +52,8 @@ class Pretraining:
         self.schedule = CosineSchedule(self.stage.diffusion.logsnr_shift)
         self.total = sum(phase.steps for phase in config.phases)
         try:                                                # now, not at the step that first meets it
-            draw_crop(0, self.stage, config.crop)
             for phase in config.phases:
+                draw_crop(0, self.stage, self.drifting_crop(phase.frames) if phase.videos else config.crop)
                 if phase.videos:
                     draw_window(0, self.stage, phase.frames)
         except ValueError as error:
@@ -83,11 +83,17 @@ class Pretraining:
             if count:
                 seed = batch_seed(self.config.seed, self.stage.name, kind, step, self.rank)
                 if kind == "videos":
-                    video, captions = self.source.clips(seed, count, self.stage, phase.frames, self.config.crop)
+                    video, captions = self.source.clips(seed, count, self.stage, phase.frames, self.drifting_crop(phase.frames))
+                    video = drift(video, self.config.pan, batch_seed(seed, "drift"))
                 else:
                     video, captions = self.source.pictures(seed, count, self.stage, self.config.crop)
                 independent = torch.full((count,), kind == "pictures")
                 yield kind, self.loss(video, captions, independent, torch.Generator().manual_seed(seed))
+
+    def drifting_crop(self, frames: int) -> tuple[int, int] | None:
+        """The crop, and the room it needs to drift."""
+        crop, pan = self.config.crop, self.config.pan
+        return crop if crop is None else (crop[0] + pan * (frames - 1), crop[1] + pan * (frames - 1))
 
     def loss(self, video, captions, independent, generator):
         B = len(video)
@@ -102,6 +108,10 @@ class Pretraining:
                 video = (video - lowres) / scale
         output = self.model(add_noise(video, eps, times, self.schedule), times, text.tokens, text.mask, lowres=lowres, aug_level=levels,
                             independent_frames=independent)
+        if self.stage.kind == "tsr":
+            # the last frames of a window have no given frame after them: what is asked there is extrapolation, and would rule the loss
+            last = video.shape[1] - self.stage.frames // self.before.frames + 1
+            output, video, eps = output[:, :last], video[:, :last], eps[:, :last]
         prediction = self.stage.diffusion.prediction
         losses = diffusion_loss(output, video, eps, times, self.schedule, prediction, self.config.loss_space)
         return (losses * balance(times)).mean() if self.config.balance_times else losses.mean()
@@ -183,6 +193,25 @@ class Pretraining:
         """The averaged weights in fp16: what the cascade ships."""
         path.parent.mkdir(parents=True, exist_ok=True)
         publish({name: value.half().contiguous() for name, value in self.optimizer.ema.items()}, path)
+
+
+def drift(video: torch.Tensor, pan: int, seed: int) -> torch.Tensor:
+    """Each clip seen through a window that moves by a constant whole number of pixels a frame, as from a moving camera.
+
+    Shapes: video [B, T, H, W, 3] -> [B, T, H - pan * (T - 1), W - pan * (T - 1), 3]. Where only a small thing moves, a temporal model has
+    little to learn from; in a drifting window every edge moves. A third of the drifts by at most one pixel, along either axis, is none.
+    """
+    B, T, H, W, C = video.shape
+    if pan == 0 or T == 1:
+        return video
+    h, w = H - pan * (T - 1), W - pan * (T - 1)
+    velocity = torch.randint(-pan, pan + 1, (B, 2), generator=torch.Generator().manual_seed(seed))
+    out = video.new_empty(B, T, h, w, C)
+    for b in range(B):
+        for t in range(T):
+            y, x = ((int(v) * t if v >= 0 else (pan * (T - 1)) + int(v) * t) for v in velocity[b])
+            out[b, t] = video[b, t, y : y + h, x : x + w]
+    return out
 
 
 def balance(times: torch.Tensor) -> torch.Tensor:
