@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.errors import ConfigError, OutOfMemory, UserError
 
-DEMO_PROMPT = "a blue square moving left over a striped grey background"
+DEMO_PROMPT = "a blue square moving right over a striped grey background"
 
 
 def parser() -> argparse.ArgumentParser:
