@@ -48,7 +48,7 @@ def edit(cascade: Cascade, path: str | Path, prompt: str, config: EditConfig, pr
     clip = read_clip(path, frames=base.frames, fps=base.fps, height=base.height, width=base.width, fit=config.fit, start=config.start)
     source = read_clip(path, frames=last.frames, fps=last.fps, height=last.height, width=last.width, fit=config.fit, start=config.start)
     seconds = min(clip.duration, last.frames / last.fps)
-    notes = list(dict.fromkeys(clip.notes + source.notes))
+    notes = list(clip.notes)                                    # the second reading has the same to say
     if clip.duration > last.frames / last.fps + 0.5 / last.fps:
         end = config.start + seconds
         notes.append(f"the cascade makes {last.frames / last.fps:.2f} s: edited {config.start:g} to {end:.2f} s of the input")
