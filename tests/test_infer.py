@@ -26,12 +26,14 @@ LONG = " ".join(["red"] * 60)                                    # more tokens t
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch, own_cache):
-    """The current folder is empty and the test's own; the handler that `main` installs goes away again."""
+    """The current folder is empty and the test's own; the handlers that a test installs go away again."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    old = signal.getsignal(signal.SIGTERM)
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job starts with it ignored
     yield tmp_path / "here"
-    signal.signal(signal.SIGTERM, old)
+    for number, handler in old.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -97,10 +97,10 @@ def test_captions_speak_of_motion_only_for_clips(stages):
 
 @pytest.fixture
 def captioned(tmp_path, stages):
-    """Two clips of the base's size: frame i of `one` is grey of level i / 32, of `two` its negative, at 24 fps for 1 1/3 s."""
+    """Two clips: frame i of `one` is grey of level i / 40 on average, darker at the left, of `two` its negative, at 24 fps for 1 1/3 s."""
     from engine.media import write_video
 
-    ramp = (torch.arange(32) / 32).view(32, 1, 1, 1).expand(32, 16, 24, 3)
+    ramp = (torch.arange(32) / 32 * 0.8).view(32, 1, 1, 1) + torch.linspace(-0.2, 0.2, 24).view(24, 1).expand(32, 16, 24, 3)
     for name, video in (("one", ramp), ("two", -ramp)):
         write_video(tmp_path / f"{name}.mp4", video, 24)
     (tmp_path / "one.txt").write_text("first\n\n  also first  \n")
@@ -119,7 +119,7 @@ def test_folder_of_captioned_clips(captioned, stages):
         video, captions = source.clips(seed, 3, stages["base"], 4)
         again, same = source.clips(seed, 3, stages["base"], 4)
         assert torch.equal(video, again) and captions == same and video.shape == (3, 4, 8, 12, 3)
-        wanted = torch.arange(4) * 8 / 32                                               # base: 4 frames at 3 fps, one of 8
+        wanted = torch.arange(4) * 8 / 32 * 0.8                                         # base: 4 frames at 3 fps, one of 8
         for clip, caption in zip(video, captions):
             level = clip.mean((1, 2, 3)) * (-1 if caption == "second" else 1)
             torch.testing.assert_close(level, wanted, rtol=0, atol=0.03)
@@ -133,12 +133,13 @@ def test_folder_windows_follow_the_clock(captioned, stages):
     starts = set()
     for seed in range(6):
         video, captions = source.clips(seed, 1, stage, 4, (8, 16))
-        _, start = draw_window(seed, stage, 4)
-        level = video[0].mean((1, 2, 3)) * (-1 if captions[0] == "second" else 1)
-        torch.testing.assert_close(level, (start + torch.arange(4)) * 2 / 32, rtol=0, atol=0.03)
-        starts.add(start)
-        assert video.shape == (1, 4, 8, 16, 3)
-    assert len(starts) > 1
+        whole, _ = source.clips(seed, 1, stage, 4)
+        (y, x, h, w), (_, start) = draw_crop(seed, stage, (8, 16)), draw_window(seed, stage, 4)
+        level = whole[0].mean((1, 2, 3)) * (-1 if captions[0] == "second" else 1)
+        torch.testing.assert_close(level, (start + torch.arange(4)) * 2 / 32 * 0.8, rtol=0, atol=0.03)
+        assert torch.equal(video, whole[:, :, y : y + h, x : x + w]) and video.shape == (1, 4, 8, 16, 3)
+        starts.add((start, x))
+    assert len({start for start, _ in starts}) > 1 < len({x for _, x in starts})
 
 
 def test_folder_pictures(captioned, stages):
