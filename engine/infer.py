@@ -82,8 +82,8 @@ def run(args) -> None:
 
     config = settings(args, GenerateConfig if args.command == "generate" else EditConfig)
     out = args.out or Path("out", f"{args.command}.mp4")
-    outputs.check_output(out)
     video = {"edit": lambda: args.video, "demo": lambda: config_root() / "demo" / "clip.mp4", "generate": lambda: None}[args.command]()
+    outputs.check_output(out, video)
     cascade = Cascade.load(args.cascade, config.device, config.dtype, STAGE_ORDER[: STAGE_ORDER.index(config.last_stage) + 1])
     progress = Console(args)
     if video is None:

@@ -23,8 +23,10 @@ from engine.runtime.weights import fingerprint
 PACKAGES = ("torch", "numpy", "av", "transformers", "safetensors")
 
 
-def check_output(out: Path) -> None:
-    """That a result could be written there, before hours are spent on it.   Raises: ConfigError, DiskError"""
+def check_output(out: Path, video: Path | None = None) -> None:
+    """That a result could be written there without losing the input, before hours are spent on it.   Raises: ConfigError, DiskError"""
+    if video is not None and out.exists() and Path(video).exists() and out.samefile(video):
+        raise ConfigError(f"--out {out}: want another path than the input, which would be lost")
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {out}: want a name ending in .mp4, .gif or .npy, or a folder")
     parent = out.parent

@@ -418,3 +418,8 @@ def test_a_prompt_that_is_cut_is_told(cascade):
 def test_devices_and_number_formats_that_are_not_there(tiny, device, dtype, says):
     with pytest.raises(ConfigError, match=says):
         Cascade.load(tiny, device, dtype)
+
+
+def test_the_bundled_folder_describes_the_cascade_of_its_yaml():
+    folder, config = find_cascade("sprites")
+    assert find_cascade(folder)[1] == config

@@ -357,3 +357,9 @@ def test_terminated_as_a_program(tiny, workplace):
         finally:
             process.kill()
     assert (process.returncode, out, err) == (143, "", "") and files(workplace) == []
+
+
+def test_the_input_is_never_the_output(run, clip):
+    before = clip.read_bytes()
+    code, out, err = run("edit", "--video", clip, "--prompt", PROMPT, "--out", clip)
+    assert code == 2 and "input" in err and not out and clip.read_bytes() == before
