@@ -1,10 +1,16 @@
 """A cascade of seven networks, small enough to be sampled in a second: the bundled one's structure, random weights, none of them zero."""
 
 import gc
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"         # before triton is imported: its own functions are interpreted, or not, from then on
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 BUNDLED = Path(__file__).parents[1] / "configs" / "cascade" / "sprites"
 

@@ -8,7 +8,7 @@ def gradients(op, inputs, seed):
     """(output, [gradient of every floating-point input]) for one fixed gradient of the output."""
     inputs = [x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     out = op(*inputs)
-    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.device, out.dtype)
     leaves = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
     return out.detach(), list(torch.autograd.grad(out, leaves, dy, allow_unused=True, materialize_grads=True))
 
@@ -32,8 +32,35 @@ def assert_matches():
     return check
 
 
+@pytest.fixture(scope="session")
+def device():
+    """The GPU where there is one; else the CPU, where Triton's interpreter runs the same kernels."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.fixture
 def randn():
     """Normal numbers from a seed that counts up."""
     generator = torch.Generator().manual_seed(0)
-    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def make(*shape, dtype=torch.float32, device="cpu"):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    return make
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every uninitialised tensor of the test is full of NaN: an element that a kernel forgets to write cannot pass for a zero."""
+    def poison(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+        return made
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """The doors take their Triton path, on the GPU or in the interpreter, and raise where they cannot."""
+    monkeypatch.setenv("DREAMIX_KERNELS", "triton")

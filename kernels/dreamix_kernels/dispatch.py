@@ -1,0 +1,115 @@
+"""Which implementation of an op runs on a tensor: Triton on a GPU where the kernel has proved itself there, PyTorch everywhere else.
+
+DREAMIX_KERNELS=auto (default) decides so; `torch` never uses Triton; `triton` insists on it and raises where it cannot be had. A kernel proves
+itself on first use on a device and dtype: `self_check` of its module compares it with the op's definition, output and gradients; a kernel that
+fails, or does not compile, is left out with one warning, and never runs.
+"""
+
+import os
+import warnings
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+MODES = ("auto", "triton", "torch")
+TRITON_OPS = ("temporal_attention", "temporal_conv", "group_norm_silu")        # those with a module <op>_triton
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}        # None: it agrees with its reference
+
+
+def mode() -> str:
+    """DREAMIX_KERNELS, checked. Raises: ValueError for a word that is none of MODES."""
+    value = os.environ.get("DREAMIX_KERNELS") or "auto"
+    if value not in MODES:
+        raise ValueError(f"DREAMIX_KERNELS: want {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def interpreted() -> bool:
+    """True where Triton's interpreter runs the kernels on the CPU, for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def _import_problem() -> str | None:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    try:
+        import triton  # noqa: F401
+    except Exception as problem:       # a broken install raises what it likes
+        return f"triton cannot be imported ({_first_line(problem)})"
+    return None
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _impossible(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel can run there, whichever the op."""
+    if device.type == "cpu" and not interpreted():
+        return "Triton needs a GPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"the kernels are not written for {device.type}"
+    if dtype not in DTYPES:
+        return f"the kernels take fp32, bf16 and fp16, not {dtype}"
+    return _import_problem()
+
+
+def _verdict(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the op's Triton kernel must not be used there. The check runs once."""
+    key = (op, device, dtype)
+    if key not in _verdicts:
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                import_module(f"dreamix_kernels.{op}_triton").self_check(device, dtype)
+            _verdicts[key] = None
+        except Exception as problem:   # whatever a compiler raises: the op has another implementation
+            _verdicts[key] = _first_line(problem)
+    return _verdicts[key]
+
+
+def use_triton(op: str, x: Tensor) -> bool:
+    """True if the op's Triton kernel is to run on tensors like x.
+
+    Raises: ValueError for a wrong DREAMIX_KERNELS; RuntimeError if it says `triton` and the kernel cannot run here.
+    """
+    chosen = mode()
+    if chosen == "torch" or (chosen == "auto" and x.device.type == "cpu"):
+        return False
+    reason = _impossible(x.device, x.dtype)
+    if reason is None:
+        known = (op, x.device, x.dtype) in _verdicts
+        if not known and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False               # a check cannot run inside a graph capture: warm up first, as every capture must
+        reason = _verdict(op, x.device, x.dtype)
+        if reason is not None and not known and chosen == "auto":
+            warnings.warn(f"dreamix_kernels: {op} runs in PyTorch on {x.device} ({x.dtype}): {reason}", stacklevel=3)
+    if reason is not None and chosen == "triton":
+        raise RuntimeError(f"DREAMIX_KERNELS=triton, but {op} cannot run on {x.device} ({x.dtype}): {reason}")
+    return reason is None
+
+
+def require_agreement(what: str, got: Tensor, want: Tensor, roundings: float = 16.0) -> None:
+    """For self-checks: `got` within so many roundings of its own format of `want` (the definition, in fp64), or RuntimeError.
+
+    A last-bit difference is a matter of order; a wrong sign, a missing term or uninitialised memory is orders above this.
+    """
+    error = (got.double() - want).abs().max().item() if got.isfinite().all() else float("nan")
+    allowed = roundings * torch.finfo(got.dtype).eps * max(want.abs().max().item(), 1e-3)
+    if not error <= allowed:
+        raise RuntimeError(f"{what} differs from its reference by {error:.2g}, allowed {allowed:.2g}")
+
+
+def report(device: torch.device, dtype: torch.dtype) -> list[dict]:
+    """For each op: which implementation runs on this device and dtype, and why."""
+    found = []
+    for op in TRITON_OPS:
+        reason = "DREAMIX_KERNELS=torch" if mode() == "torch" else _impossible(device, dtype)
+        if reason is None and mode() == "auto" and device.type == "cpu":
+            reason = "Triton needs a GPU"
+        reason = reason or _verdict(op, device, dtype)
+        found.append({"kernel": op, "implementation": "torch" if reason else "triton", "reason": reason or "agrees with its reference"})
+    return found
