@@ -1,15 +1,16 @@
 """The Triton kernels of GroupNorm, FiLM and SiLU. `group_norm_silu_triton` launches them and says which follow which.
 
-A frame is [P, C] rows, C contiguous. The big passes cut it into parts of BLOCK_P * TILES pixels and blocks of BLOCK_C channels, one program each; what
-they sum goes, per channel, into a buffer [N, parts, C, 2] that small kernels add up in a fixed order. Nothing is added atomically, and no program
-depends on the number of frames: a frame's bits are its own. C comes as units * UNIT, so that the compiler knows that a row starts on a multiple
-of UNIT and loads 16 bytes at a time.
+A frame is [P, C] rows, C contiguous. The big passes cut it into parts of so many pixels and blocks of BLOCK_C channels, one program each;
+what they sum goes, per channel, into a buffer [N, parts, C, 2] that small kernels add up in a fixed order. Nothing is added atomically, and no
+program depends on the number of frames: a frame's bits are its own. C comes as units * UNIT, so that the compiler knows that rows start on a
+multiple of UNIT and loads 16 bytes at a time.
 """
 
 import triton
 import triton.language as tl
 
-SIZES = ["P", "units", "parts", "blocks", "groups", "size", "pixels_per_part", "N", "scale_stride", "shift_stride"]      # an int of 1 stays a number
+# numbers that stay numbers where they are 1, and do not compile anew where 16 divides them
+SIZES = ["N", "P", "units", "pixels_per_part", "parts", "blocks", "groups", "size", "scale_stride", "shift_stride"]
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def _load(x_ptr, b_ptr, at, inside):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, parts, blocks,
-               UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, pixels_per_part, parts, blocks,
+               UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """(mean, M2) of every channel over a part's pixels; with b, of x + b, which is written to sum.
 
     Sums are of x less the part's first pixel: with n pixels, the square of that pivot's distance from the mean is at most M2, so the subtraction
@@ -38,8 +39,8 @@ def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, parts, blocks,
     C = units * UNIT
     n, part, block = _place(tl.program_id(0), parts, blocks)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = part * (BLOCK_P * TILES)
-    pixels = tl.minimum(P - first, BLOCK_P * TILES)
+    first = part * pixels_per_part
+    pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
     pivot = _load(x_ptr, b_ptr, start + c, c < C)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -118,28 +119,30 @@ def _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, inside, g
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gain_ptr, offset_ptr, blocks, groups, size, scale_stride, shift_stride, eps,
-         BLOCK_C: tl.constexpr):
+def fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gain_ptr, offset_ptr, blocks, groups, size, scale_stride, shift_stride,
+         eps, BLOCK_C: tl.constexpr):
     """gain and offset of every frame and channel, for kernels that apply them themselves."""
     pid = tl.program_id(0)
     n, c = (pid // blocks).to(tl.int64), pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < groups * size
-    _, _, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, inside, groups, size, scale_stride, shift_stride, eps)
+    _, _, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, inside, groups, size,
+                               scale_stride, shift_stride, eps)
     tl.store(gain_ptr + n * (groups * size) + c, gain, mask=inside)
     tl.store(offset_ptr + n * (groups * size) + c, offset, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def apply(x_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, P, units, parts, blocks, groups, size, scale_stride, shift_stride, eps,
-          UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+def apply(x_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, P, units, pixels_per_part, parts, blocks, groups, size,
+          scale_stride, shift_stride, eps, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """silu(x * gain + offset). From the last frame to the first: the last ones are what the statistics' pass left in the cache."""
     C = units * UNIT
     n, part, block = _place(tl.num_programs(0) - 1 - tl.program_id(0), parts, blocks)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = part * (BLOCK_P * TILES)
-    pixels = tl.minimum(P - first, BLOCK_P * TILES)
+    first = part * pixels_per_part
+    pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
-    _, _, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size, scale_stride, shift_stride, eps)
+    _, _, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size,
+                               scale_stride, shift_stride, eps)
     for p0 in range(0, pixels, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         inside = (p < pixels)[:, None] & (c < C)[None, :]
@@ -156,16 +159,18 @@ def _through_silu(dy, u):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gradient_partials(x_ptr, dy_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, partials_ptr, P, units, parts, blocks, groups, size,
-                      scale_stride, shift_stride, eps, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
+def gradient_partials(x_ptr, dy_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, partials_ptr, P, units, pixels_per_part, parts,
+                      blocks, groups, size, scale_stride, shift_stride, eps,
+                      UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums of du and of du * normalised x over a part's pixels, u = x * gain + offset."""
     C = units * UNIT
     n, part, block = _place(tl.program_id(0), parts, blocks)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = part * (BLOCK_P * TILES)
-    pixels = tl.minimum(P - first, BLOCK_P * TILES)
+    first = part * pixels_per_part
+    pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
-    mean, rstd, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size, scale_stride, shift_stride, eps)
+    mean, rstd, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size,
+                                     scale_stride, shift_stride, eps)
     doffset = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     dnormed = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, pixels, BLOCK_P):
@@ -183,10 +188,10 @@ def gradient_partials(x_ptr, dy_ptr, stats_ptr, weight_ptr, bias_ptr, scale_ptr,
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gradient_sums(partials_ptr, weight_ptr, bias_ptr, scale_ptr, sums_ptr, terms_ptr, dscale_ptr, dshift_ptr, P, parts, groups, size, scale_stride,
-                  BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of one frame and group: sums of du and du * normalised x per channel, over all parts; FiLM's gradients; the group's means of both times affine.
-    """
+def gradient_sums(partials_ptr, weight_ptr, bias_ptr, scale_ptr, sums_ptr, terms_ptr, dscale_ptr, dshift_ptr, P, parts, groups, size,
+                  scale_stride, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of one frame and group: sums over all parts of du and du * normalised x per channel; FiLM's gradients; the group's means of both,
+    each channel times weight * (1 + scale)."""
     pid = tl.program_id(0)
     n, g = (pid // groups).to(tl.int64), pid % groups
     C = groups * size
@@ -221,7 +226,8 @@ def gradient_sums(partials_ptr, weight_ptr, bias_ptr, scale_ptr, sums_ptr, terms
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gradient_parameters(sums_ptr, scale_ptr, dweight_ptr, dbias_ptr, N, groups, size, scale_stride, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def gradient_parameters(sums_ptr, scale_ptr, dweight_ptr, dbias_ptr, N, groups, size, scale_stride,
+                        BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """dweight and dbias: every frame's sums times its FiLM, in the order of the frames."""
     C = groups * size
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -243,16 +249,21 @@ def gradient_parameters(sums_ptr, scale_ptr, dweight_ptr, dbias_ptr, N, groups, 
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gradient_x(x_ptr, dy_ptr, add_ptr, stats_ptr, terms_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, dx_ptr, P, units, parts, blocks, groups, size,
-               scale_stride, shift_stride, eps, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """dx = du * gain - rstd * (mean of g + normalised x * mean of g * normalised x), g = du * affine; plus `add`. Last frame first, as `apply`."""
+def gradient_x(x_ptr, dy_ptr, add_ptr, stats_ptr, terms_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, dx_ptr, P, units, pixels_per_part,
+               parts, blocks, groups, size, scale_stride, shift_stride, eps,
+               UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dx = du * gain - rstd * (mean of g + normalised x * mean of g * normalised x), g = du * weight * (1 + scale); plus `add`.
+
+    Last frame first, as `apply`.
+    """
     C = units * UNIT
     n, part, block = _place(tl.num_programs(0) - 1 - tl.program_id(0), parts, blocks)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = part * (BLOCK_P * TILES)
-    pixels = tl.minimum(P - first, BLOCK_P * TILES)
+    first = part * pixels_per_part
+    pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
-    mean, rstd, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size, scale_stride, shift_stride, eps)
+    mean, rstd, gain, offset = _fold(stats_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c < C, groups, size,
+                                     scale_stride, shift_stride, eps)
     of = terms_ptr + (n * groups + c // size) * 2
     flat = -rstd * tl.load(of, mask=c < C, other=0.0)
     slope = -rstd * rstd * tl.load(of + 1, mask=c < C, other=0.0)
