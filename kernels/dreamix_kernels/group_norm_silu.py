@@ -1,11 +1,14 @@
 """GroupNorm, FiLM and SiLU: silu(norm(x) * (1 + scale) + shift), statistics per frame. The prologue of every convolution.
 
-Statistics of one frame never see another frame: isolation of independent frames (paper Sec. 4.2) rests on it.
+Statistics of one frame never see another frame: isolation of independent frames (paper Sec. 4.2) rests on it. Where a kernel before this one has
+already seen every element, it hands the statistics on, and x is read once less.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dispatch import use_triton
 
 
 def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None = None,
@@ -17,25 +20,29 @@ def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return F.silu(h)
 
 
-CHUNK_ELEMENTS = 1 << 18               # frames are taken a few at a time on the CPU: 1 MiB of fp32 stays in the second-level cache
+CHUNK_ELEMENTS = 1 << 17               # frames are taken a few at a time on the CPU: two buffers of 512 KiB of fp32 stay in the second-level cache
 GRAIN_ELEMENTS, VECTOR_ELEMENTS = 32768, 32     # ATen's: the smallest share of a thread, and what a vectorised loop takes at a time
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    N, P, C = x.shape
-    step = max(1, CHUNK_ELEMENTS // (P * C)) if x.device.type == "cpu" else N
-    return [slice(n, n + step) for n in range(0, N, step)]
+def _step(x: Tensor) -> int:
+    """How many frames of x [N, P, C] are taken at a time."""
+    return max(1, CHUNK_ELEMENTS // (x.shape[1] * x.shape[2])) if x.device.type == "cpu" else len(x)
+
+
+def _even(numel: int) -> int:
+    """The next number of elements at which no thread's share ends inside a vector.
+
+    The last elements of a share go through the scalar exp, whose last bit is another than the vectorised one's: silu's bits would
+    depend on the number of threads and on the frames beside.
+    """
+    shares = min(torch.get_num_threads(), -(-numel // GRAIN_ELEMENTS)) * VECTOR_ELEMENTS
+    return -(-numel // shares) * shares
 
 
 def _buffer(shape: torch.Size, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised memory (flat, its view in `shape`), padded so that no thread's share ends inside a vector.
-
-    The last elements of a share go through the scalar exp, whose last bit is another than the vectorised one's: without the padding
-    silu's bits would depend on the number of threads and on the frames beside.
-    """
+    """Uninitialised memory (flat and even, its view in `shape`)."""
     numel = shape.numel()
-    shares = min(torch.get_num_threads(), -(-numel // GRAIN_ELEMENTS)) * VECTOR_ELEMENTS
-    flat = like.new_empty(-(-numel // shares) * shares if like.device.type == "cpu" else numel)
+    flat = like.new_empty(_even(numel) if like.device.type == "cpu" else numel)
     return flat, flat[:numel].view(shape)
 
 
@@ -45,81 +52,143 @@ def _group_mean(s: Tensor, groups: int) -> Tensor:
     return means.expand(-1, -1, s.shape[-1] // groups).reshape(s.shape)
 
 
-class _GroupNormSiLU(torch.autograd.Function):
-    """Everything per (frame, channel) folds into one multiply-add over x; backward recomputes its result instead of saving it.
+def _moments(x: Tensor, groups: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each frame's groups, at every channel.   x [N, P, C] -> [N, C], [N, C] in `wide`
 
-    All arithmetic is in fp32 (fp64 for fp64), around a pivot near the mean: E[x^2] - E[x]^2 cancels when a mean is far from zero.
+    Squares are summed around each channel's own mean, while the frame is in the cache: E[x^2] - E[x]^2 would lose the digits of a large mean.
     """
+    N, P, C = x.shape
+    step = _step(x)
+    means, squares = torch.empty(2, N, C, dtype=wide, device=x.device)
+    scratch = torch.empty(min(step, N), P, C, dtype=wide, device=x.device)
+    for part, m, q in zip(x.split(step), means.split(step), squares.split(step)):
+        f = part if part.dtype == wide else scratch[: len(part)].copy_(part)
+        torch.sum(f, 1, out=m)
+        f = torch.sub(f, m.div_(P)[:, None], out=scratch[: len(part)])
+        torch.sum(torch.mul(f, f, out=f), 1, out=q)
+    mean = _group_mean(means, groups)
+    return mean, _group_mean(squares.div_(P) + (means - mean).square_(), groups)
+
+
+def _forward(x, groups, weight, bias, scale, shift, eps, stats):
+    """Everything per (frame, channel) folds into one multiply-add over x [N, P, C].   -> y, (mean, rstd, gain, offset), each [N, C]"""
+    C = x.shape[-1]
+    wide, step = torch.promote_types(x.dtype, torch.float32), _step(x)
+    film = 1 if scale is None else 1 + scale.to(wide)
+    if stats is None:
+        mean, var = _moments(x, groups, wide)
+    else:
+        mean, var = (s.to(wide).repeat_interleave(C // groups, 1) for s in stats.unbind(-1))
+    rstd = torch.rsqrt(var + eps)
+    gain = rstd * (weight.to(wide) * film)
+    offset = torch.addcmul(bias.to(wide) * film, mean, gain, value=-1)
+    if shift is not None:
+        offset = offset + shift.to(wide)
+    y = torch.empty_like(x)
+    flat = f = None
+    for part, out, g, o in zip(x.split(step), y.split(step), gain[:, None].split(step), offset[:, None].split(step)):
+        if f is None or f.shape != part.shape:
+            flat, f = _buffer(part.shape, gain)
+        torch.addcmul(o, part if part.dtype == wide else f.copy_(part), g, out=f)
+        if x.dtype == wide and flat.shape[0] == f.numel():
+            torch.ops.aten.silu.out(flat, out=out.view(-1))
+        else:
+            F.silu(flat, inplace=True)
+            out.copy_(f)
+    return y, (mean, rstd, gain, offset)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """Backward recomputes the forward's result instead of saving it. All arithmetic is in fp32 (fp64 for fp64)."""
 
     @staticmethod
-    def forward(ctx, x, groups, weight, bias, scale, shift, eps):
-        N, P, C = x.shape
-        wide = torch.promote_types(x.dtype, torch.float32)
-        pivot = _group_mean(x[:, 0].to(wide), groups)                                           # [N, C], the first pixel's
-        film = 1 if scale is None else 1 + scale.to(wide)
-        affine = (weight.to(wide) * film).expand(N, C)
-        add = (bias.to(wide) * film + (0 if shift is None else shift.to(wide))).expand(N, C)
-        mean, rstd, gain, offset = torch.empty(4, N, C, dtype=wide, device=x.device)            # mean: above the pivot
-        y = torch.empty_like(x)
-        for n in _chunks(x):
-            flat, f = _buffer(x[n].shape, pivot)
-            f.copy_(x[n]).sub_(pivot[n, None])
-            mean[n] = _group_mean(f.sum(1) / P, groups)
-            var = _group_mean(f.square().sum(1) / P, groups) - mean[n] * mean[n]
-            rstd[n] = torch.rsqrt(var.clamp_min(0) + eps)
-            gain[n] = rstd[n] * affine[n]
-            offset[n] = add[n] - mean[n] * gain[n]
-            torch.addcmul(offset[n, None], f, gain[n, None], out=f)
-            F.silu(flat, inplace=True)
-            y[n] = f
+    def forward(ctx, x, groups, weight, bias, scale, shift, eps, stats):
+        y, folded = _forward(x, groups, weight, bias, scale, shift, eps, stats)
         ctx.groups = groups
-        ctx.save_for_backward(x, pivot, mean, rstd, gain, offset, weight, bias, scale)
+        ctx.save_for_backward(x, *folded, weight, bias, scale)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, pivot, mean, rstd, gain, offset, weight, bias, scale = ctx.saved_tensors
+        x, mean, rstd, gain, offset, weight, bias, scale = ctx.saved_tensors
         N, P, C = x.shape
-        wide, groups, dy = pivot.dtype, ctx.groups, dy.contiguous()
+        wide, groups, dy = gain.dtype, ctx.groups, dy.contiguous()
         film = 1 if scale is None else 1 + scale.to(wide)
         affine = (weight.to(wide) * film).expand(N, C)
-        doffset, dnormed, dx = torch.empty_like(pivot), torch.empty_like(pivot), torch.empty_like(x)
-        for n in _chunks(x):
-            f = x[n].to(wide) - pivot[n, None]
+        doffset, dnormed, dx = torch.empty_like(gain), torch.empty_like(gain), torch.empty_like(x)
+        for n in (slice(i, i + _step(x)) for i in range(0, N, _step(x))):
+            f = x[n].to(wide) - mean[n, None]
             (flat_u, u), (flat_du, du) = _buffer(f.shape, f), _buffer(f.shape, f)
-            torch.addcmul(offset[n, None], f, gain[n, None], out=u)                             # normalised * affine + add
+            torch.addcmul(offset[n, None], x[n].to(wide), gain[n, None], out=u)                 # normalised * affine + add
             du.copy_(dy[n])
             torch.ops.aten.silu_backward(flat_du, flat_u, grad_input=flat_du)
             doffset[n] = du.sum(1)
-            dnormed[n] = ((du * f).sum(1) - mean[n] * doffset[n]) * rstd[n]                     # sum of du * normalised
+            dnormed[n] = torch.mul(du, f, out=u).sum(1) * rstd[n]                               # sum of du * normalised
             # through the statistics: dx = du * gain - rstd * (mean of g + normalised * mean of g * normalised), g = du * affine
             g1, g2 = _group_mean(doffset[n] * affine[n] / P, groups), _group_mean(dnormed[n] * affine[n] / P, groups)
-            a = -rstd[n].square() * g2
-            b = -a * mean[n] - rstd[n] * g1
+            a, b = -rstd[n].square() * g2, -rstd[n] * g1
             dx[n] = torch.addcmul(b[:, None], f, a[:, None], out=f).addcmul_(du, gain[n, None])
         dweight, dbias = (dnormed * film).sum(0), (doffset * film).sum(0)
         dscale = dshift = None
         if scale is not None:
             dscale = (dnormed * weight.to(wide) + doffset * bias.to(wide)).to(scale.dtype)
             dshift = doffset.to(scale.dtype)
-        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, None
+        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, None, None
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
-                    eps: float = 1e-5) -> Tensor:
+                    eps: float = 1e-5, *, stats: Tensor | None = None) -> Tensor:
     """GroupNorm with per-frame statistics, FiLM, SiLU.
 
-    Shapes: x [N, H, W, C] (N frames); weight, bias [C]; scale, shift [N, C] or None -> like x. Arithmetic in fp32 (fp64 for fp64).
+    Shapes: x [N, H, W, C] (N frames); weight, bias [C]; scale, shift [N, C] or None; stats fp32 [N, groups, 2] = (mean, biased variance) of
+    x, from the op that made it, or None -> like x. Arithmetic in fp32 (fp64 for fp64). The gradient is that of the whole function
+    of x, whether or not the statistics came from outside.
     Raises: ValueError if groups does not divide C, or if a shape is another.
     Source: Wu & He 2018; FiLM as in Dhariwal & Nichol 2021; per-frame statistics because temporal mixing must be the only mixing.
     """
     N, C = x.shape[0], x.shape[-1]
-    if C % groups:
-        raise ValueError(f"groups: want a divisor of C = {C}, got {groups}")
-    if not weight.shape == bias.shape == (C,):
-        raise ValueError(f"weight, bias: want [{C}], got {[*weight.shape]}, {[*bias.shape]}")
+    check_norm(C, groups, weight, bias)
     if (scale is None) != (shift is None):
         raise ValueError("scale, shift: want both or neither")
     if scale is not None and not scale.shape == shift.shape == (N, C):
         raise ValueError(f"scale, shift: want [N, C] = {[N, C]}, got {[*scale.shape]}, {[*shift.shape]}")
-    return _GroupNormSiLU.apply(x.reshape(N, -1, C), groups, weight, bias, scale, shift, eps).view(x.shape)
+    check_stats(stats, N, groups)
+    rows = x.reshape(N, -1, C)
+    if use_triton("group_norm_silu", x):
+        from . import group_norm_silu_triton as gpu
+        return gpu.group_norm_silu(rows, groups, weight, bias, scale, shift, eps, stats).view(x.shape)
+    if not torch.is_grad_enabled():
+        return _forward(rows, groups, weight, bias, scale, shift, eps, stats)[0].view(x.shape)
+    return _GroupNormSiLU.apply(rows, groups, weight, bias, scale, shift, eps, stats).view(x.shape)
+
+
+def add_statistics(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:
+    """a + b, and the statistics of the sum for the GroupNorm that reads it, where they come in the same pass: on a GPU.
+
+    Shapes: a, b [N, H, W, C] -> like a, fp32 [N, groups, 2] = (mean, biased variance) per frame, or None.
+    Raises: ValueError if the shapes differ or groups does not divide C.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"b: want the shape of a = {[*a.shape]}, got {[*b.shape]}")
+    N, C = a.shape[0], a.shape[-1]
+    if C % groups:
+        raise ValueError(f"groups: want a divisor of C = {C}, got {groups}")
+    if a.dtype == b.dtype and use_triton("group_norm_silu", a):
+        from . import group_norm_silu_triton as gpu
+        total, stats = gpu.add_statistics(a.reshape(N, -1, C), b.reshape(N, -1, C), groups)
+        return total.view(a.shape), stats
+    return a + b, None
+
+
+def check_norm(C: int, groups: int, weight: Tensor, bias: Tensor) -> None:
+    """ValueError unless groups divides C and the affine parameters are [C]."""
+    if C % groups:
+        raise ValueError(f"groups: want a divisor of C = {C}, got {groups}")
+    if not weight.shape == bias.shape == (C,):
+        raise ValueError(f"weight, bias: want [{C}], got {[*weight.shape]}, {[*bias.shape]}")
+
+
+def check_stats(stats: Tensor | None, N: int, groups: int) -> None:
+    """ValueError unless stats are None or fp32 [N, groups, 2]."""
+    if stats is not None and (stats.shape != (N, groups, 2) or stats.dtype != torch.float32):
+        raise ValueError(f"stats: want fp32 [N, groups, 2] = {[N, groups, 2]}, got {stats.dtype} {[*stats.shape]}")
