@@ -1,9 +1,9 @@
 """GroupNorm, FiLM and SiLU in Triton: two reads of x and a write, or one read and a write where its statistics are known.
 
 Forward: `statistics` (per channel, over parts of a frame) -> `merge` (per frame and group) -> `apply`. Backward: `gradient_partials` ->
-`gradient_sums` -> `gradient_parameters`, `gradient_x`: x and dy are read twice, and nothing of x's size but x is kept. A frame is [P, C] here, and
-the arguments are those that the door checked; `stats`, fp32 [N, groups, 2], holds (mean, biased variance): a cache of a function of x, with no
-gradient of its own. Where x does not fit in the GPU's cache but its last frames do, the second pass begins with them: it walks backwards.
+`gradient_sums` -> `gradient_parameters`, `gradient_x`: x and dy are read twice, and nothing of x's size but x is kept. A frame is [P, C]
+here, and the arguments are those that the door checked; `stats`, fp32 [N, groups, 2], holds (mean, biased variance): a cache of a function
+of x, with no gradient of its own. Where not all of x fits in the GPU's cache, its last frames do: the second pass begins with them.
 """
 
 import math
@@ -18,24 +18,25 @@ from .aot import TYPES, Case
 from .dispatch import require_agreement
 from .group_norm_silu import group_norm_silu_reference
 
+# of each kernel that walks over pixels: numbers per tile, numbers per thread (of each tensor read), tiles per program, at most
+WALKS = {"statistics": (4096, 16, 16), "apply": (8192, 32, 4), "gradient_partials": (4096, 16, 16), "gradient_x": (4096, 16, 8)}
 PROGRAMS_PER_FRAME = 128               # wanted, where a frame has the pixels: one frame alone then fills the GPU
-ELEMENTS = {"statistics": 8192, "apply": 8192, "gradient_partials": 4096, "gradient_x": 4096}        # of a tile
-TILES = {"statistics": 8, "apply": 4, "gradient_partials": 16, "gradient_x": 8}                      # of a part, at most
-FEWEST_TILES = 2                       # where a frame has them: a part costs 8 bytes per channel, written and read
+FEWEST_PER_PROGRAM = 16384             # numbers, where a frame has them: each part's sums cost 8 bytes per channel, written and read
 
 
 def config(kind: str, P: int, C: int) -> tuple[int, dict[str, int]]:
     """Pixels of a part, and the block sizes and launch options of a kernel that walks over pixels.
 
-    They depend on the frame alone, so a frame's bits do not on the frames beside it. A block of channels is 128 or 64 wide where one of them
-    divides C, else what covers C with masks.
+    They depend on the frame alone, so a frame's bits do not on the frames beside it. A block of channels is 128 or 64 wide where one of
+    these divides C, else it covers C with masks.
     """
+    elements, per_thread, most_tiles = WALKS[kind]
     block_c = next((block for block in (128, 64) if C % block == 0), min(128, triton.next_power_of_2(C)))
-    block_p = min(triton.next_power_of_2(P), ELEMENTS[kind] // block_c)
+    block_p = min(triton.next_power_of_2(P), elements // block_c)
     tiles = math.ceil(P * math.ceil(C / block_c) / (block_p * PROGRAMS_PER_FRAME))
-    tiles = min(max(tiles, FEWEST_TILES * 8192 // ELEMENTS[kind]), TILES[kind])
-    return block_p * tiles, {"UNIT": math.gcd(C, 16), "BLOCK_P": block_p, "BLOCK_C": block_c,
-                             "num_warps": min(max(block_p * block_c // 1024, 1), 8)}
+    tiles = min(max(tiles, FEWEST_PER_PROGRAM // elements), most_tiles)
+    num_warps = max(block_p * block_c // (32 * per_thread), 1)
+    return block_p * tiles, {"UNIT": math.gcd(C, 16), "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
 
 
 def _merge_config(entries: int) -> dict[str, int]:
@@ -203,7 +204,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale:
 
 
 def add_statistics(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(a + b, the statistics of that sum, rounded as it is stored): the sum is not read again.   a, b [N, P, C] -> like a, [N, groups, 2]"""
+    """(a + b, statistics of that sum as it is stored), which is not read again.   a, b [N, P, C] -> like a, [N, groups, 2]"""
     return _AddStatistics.apply(a.contiguous(), b.contiguous(), groups)
 
 
@@ -218,8 +219,8 @@ def self_check(device: torch.device, dtype: torch.dtype) -> None:
     y = group_norm_silu(x, groups, weight, bias, scale, shift, 1e-5, None)
     want = group_norm_silu_reference(wide[0][:, None], groups, *wide[1:])[:, 0]
     require_agreement("group_norm_silu", y.detach(), want.detach())
-    gradients = zip(("x", "weight", "bias", "scale", "shift"), torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, wide, dy.double()))
-    for name, got, exact in gradients:
+    gradients = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, wide, dy.double())
+    for name, got, exact in zip(("x", "weight", "bias", "scale", "shift"), *gradients):
         require_agreement(f"group_norm_silu's gradient of {name}", got, exact)
     out, stats = add_statistics(x.detach(), b, groups)
     require_agreement("add_statistics", out, x.detach().double() + b.double())

@@ -1,9 +1,9 @@
 """The Triton kernels of GroupNorm, FiLM and SiLU. `group_norm_silu_triton` launches them and says which follow which.
 
 A frame is [P, C] rows, C contiguous. The big passes cut it into parts of so many pixels and blocks of BLOCK_C channels, one program each;
-what they sum goes, per channel, into a buffer [N, parts, C, 2] that small kernels add up in a fixed order. Nothing is added atomically, and no
-program depends on the number of frames: a frame's bits are its own. C comes as units * UNIT, so that the compiler knows that rows start on a
-multiple of UNIT and loads 16 bytes at a time.
+what they sum goes, per channel, into a buffer [N, parts, C, 2] that small kernels add up in a fixed order. Nothing is added atomically, and
+no program depends on the number of frames: a frame's bits are its own. C comes as units * UNIT, so that the compiler knows that rows start
+on a multiple of UNIT and loads 16 bytes at a time.
 """
 
 import triton
@@ -33,8 +33,8 @@ def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, pixels_per_part, p
                UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """(mean, M2) of every channel over a part's pixels; with b, of x + b, which is written to sum.
 
-    Sums are of x less the part's first pixel: with n pixels, the square of that pivot's distance from the mean is at most M2, so the subtraction
-    below loses a factor of n at worst, whatever the mean; 2 on average.
+    The sums are of x less the part's first pixel. That pixel's squared distance from the mean is a part of M2, so what is taken from the
+    sum of squares at the end is at most n times M2, n the pixels of the part: no mean, however large, costs more digits than that.
     """
     C = units * UNIT
     n, part, block = _place(tl.program_id(0), parts, blocks)
