@@ -36,7 +36,8 @@ def config(kind: str, P: int, C: int) -> tuple[int, dict[str, int]]:
     tiles = math.ceil(P * math.ceil(C / block_c) / (block_p * PROGRAMS_PER_FRAME))
     tiles = min(max(tiles, FEWEST_PER_PROGRAM // elements), most_tiles)
     num_warps = max(block_p * block_c // (32 * per_thread), 1)
-    return block_p * tiles, {"UNIT": math.gcd(C, 16), "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
+    pivot = {"FEW": min(block_p, 8)} if kind == "statistics" else {}
+    return block_p * tiles, {"UNIT": math.gcd(C, 16), "BLOCK_P": block_p, "BLOCK_C": block_c, **pivot, "num_warps": num_warps}
 
 
 def _merge_config(entries: int) -> dict[str, int]:

@@ -30,11 +30,12 @@ def _load(x_ptr, b_ptr, at, inside):
 
 @triton.jit(do_not_specialize=SIZES)
 def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, pixels_per_part, parts, blocks,
-               UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+               UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, FEW: tl.constexpr):
     """(mean, M2) of every channel over a part's pixels; with b, of x + b, which is written to sum.
 
-    The sums are of x less the part's first pixel. That pixel's squared distance from the mean is a part of M2, so what is taken from the
-    sum of squares at the end is at most n times M2, n the pixels of the part: no mean, however large, costs more digits than that.
+    The sums are of x less a pivot, the mean of a few pixels of the part: as a rule a fraction of a deviation from the mean, so that nothing
+    cancels when the sum of squares becomes M2. Were those k pixels far from all others, k times their squared distance would be a part of
+    M2, and the sum of squares at most 1 + n / k times M2 with n pixels: no mean, however large, costs more digits than that.
     """
     C = units * UNIT
     n, part, block = _place(tl.program_id(0), parts, blocks)
@@ -42,7 +43,9 @@ def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, pixels_per_part, p
     first = part * pixels_per_part
     pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
-    pivot = _load(x_ptr, b_ptr, start + c, c < C)
+    few = tl.arange(0, FEW)
+    at = start + (few[:, None] * C + c[None, :])
+    pivot = tl.sum(_load(x_ptr, b_ptr, at, (few < pixels)[:, None] & (c < C)[None, :]), 0) / tl.minimum(pixels, FEW).to(tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, pixels, BLOCK_P):
