@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dreamix_kernels import group_norm_silu, spatial_attention, temporal_attention, temporal_conv
+from dreamix_kernels import spatial_attention, temporal_attention_packed, temporal_conv_block
 
 from .embeddings import RelativePositionBias
 
@@ -48,15 +48,23 @@ class TemporalAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
 
     def forward(self, x: Tensor, independent_frames: Tensor | None = None) -> Tensor:
-        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        out = temporal_attention(q, k, v, self.position_bias(x.shape[1]), independent_frames)
-        return x + self.to_out(out.flatten(-2))
+        H, W = x.shape[2:4]
+
+        def order(rows):              # on the CPU a pixel's frames lie side by side: one copy here stands for three, of q, k and v
+            return rows if x.is_cuda else rows.transpose(1, 2)
+
+        h = order(x.flatten(2, 3)).contiguous()
+        qkv = order(self.to_qkv(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)))
+        out = temporal_attention_packed(qkv.unflatten(2, (H, W)), self.position_bias(x.shape[1]), independent_frames)
+        out = order(out.flatten(2, 3)).flatten(-2).contiguous()           # independent frames' values are a slice of qkv
+        return x + order(self.to_out(out)).unflatten(2, (H, W))
 
 
 class TemporalConv(nn.Module):
     """A residual convolution over three frames, bypassed for independent frames.   x [B, T, H, W, C] -> same
 
-    "Masking the residual temporal convolution blocks" (Sec. 4.2): for those samples the whole branch is left out.
+    "Masking the residual temporal convolution blocks" (Sec. 4.2): for those samples the whole branch is left out. `stats` of x come from
+    the layer before and those of the result go to the next, where the kernels give them (`temporal_conv_block`).
     """
 
     def __init__(self, channels: int, groups: int):
@@ -66,16 +74,6 @@ class TemporalConv(nn.Module):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor, independent_frames: Tensor | None = None) -> Tensor:
-        if independent_frames is None:
-            return x + self._branch(x)
-        video = (~independent_frames).nonzero().squeeze(1)
-        if video.numel() == 0:
-            # the parameters stay in the graph with a zero gradient: every rank of ZeRO-3 sees the same set
-            return x + 0 * sum(p.sum() for p in self.parameters()) if torch.is_grad_enabled() else x
-        return x.index_add(0, video, self._branch(x[video]))
-
-    def _branch(self, x: Tensor) -> Tensor:
-        B = x.shape[0]
-        h = group_norm_silu(x.flatten(0, 1), self.norm.num_groups, self.norm.weight, self.norm.bias).unflatten(0, (B, -1))
-        return temporal_conv(h, self.conv.weight, self.conv.bias)
+    def forward(self, x: Tensor, independent_frames: Tensor | None = None, stats: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return temporal_conv_block(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias,
+                                   independent_frames, stats=stats, next_groups=self.norm.num_groups)

@@ -6,7 +6,7 @@ Videos are [B, T, H, W, C]; a 2-D convolution sees [B * T, C, H, W] in channels_
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamix_kernels import group_norm_silu
+from dreamix_kernels import add_statistics, group_norm_silu
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -32,13 +32,18 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, stats: Tensor | None = None, want_stats: bool = False) -> tuple[Tensor, Tensor | None]:
+        """`stats` of x, as the layer before gave them, or None; the result's own, if wanted and to be had (`add_statistics`)."""
         B, T = x.shape[:2]
         scale, shift = self.film(F.silu(emb)).expand(B, T, -1).flatten(0, 1).chunk(2, -1)
-        h = group_norm_silu(x.flatten(0, 1), self.norm1.num_groups, self.norm1.weight, self.norm1.bias)
+        h = group_norm_silu(x.flatten(0, 1), self.norm1.num_groups, self.norm1.weight, self.norm1.bias, stats=stats)
         h = conv2d(h.unflatten(0, (B, T)), self.conv1)
         h = group_norm_silu(h.flatten(0, 1), self.norm2.num_groups, self.norm2.weight, self.norm2.bias, scale, shift)
-        return self.skip(x) + conv2d(h.unflatten(0, (B, T)), self.conv2)
+        h = conv2d(h.unflatten(0, (B, T)), self.conv2)
+        if not want_stats:
+            return self.skip(x) + h, None
+        y, stats = add_statistics(self.skip(x).flatten(0, 1), h.flatten(0, 1), self.norm2.num_groups)
+        return y.unflatten(0, (B, T)), stats
 
 
 class Downsample(nn.Module):

@@ -30,11 +30,14 @@ class Block(nn.Module):
         else:
             self.temporal = TemporalConv(c_out, config.groups)
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor, text_mask: Tensor, independent_frames: Tensor | None) -> Tensor:
-        x = self.res(x, emb)
+    def forward(self, x: Tensor, stats: Tensor | None, emb: Tensor, text: Tensor, text_mask: Tensor,
+                independent_frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and its GroupNorm statistics, where the layer before gave them -> the same of the result."""
+        conv = isinstance(self.temporal, TemporalConv)
+        x, stats = self.res(x, emb, stats, want_stats=conv and self.attention is None)
         if self.attention is not None:
             x = self.attention(x, text, text_mask)
-        return self.temporal(x, independent_frames)
+        return self.temporal(x, independent_frames, stats) if conv else (self.temporal(x, independent_frames), None)
 
 
 class VideoUNet(nn.Module):
@@ -94,25 +97,25 @@ class VideoUNet(nn.Module):
                 aug_level: Tensor | None = None, independent_frames: Tensor | None = None) -> Tensor:
         self._check(z, time, text, text_mask, lowres, aug_level, independent_frames)
         emb, tokens = self._embed(z.shape[1], time, text.to(self.dtype), text_mask, aug_level, independent_frames)
-        x = self._stem(z, lowres)
+        x, stats = self._stem(z, lowres), None
         skips = []
         for level, blocks in enumerate(self.down):
             if level:
-                x = self.downsample[level - 1](x)
+                x, stats = self.downsample[level - 1](x), None
             for block in blocks:
-                x = self._run(block, x, emb, tokens, text_mask, independent_frames)
+                x, stats = self._run(block, x, stats, emb, tokens, text_mask, independent_frames)
             skips.append(x)
         for i, blocks in enumerate(self.up):
-            x = torch.cat([x, skips.pop() * 2**-0.5], -1)
+            x, stats = torch.cat([x, skips.pop() * 2**-0.5], -1), None
             for block in blocks:
-                x = self._run(block, x, emb, tokens, text_mask, independent_frames)
+                x, stats = self._run(block, x, stats, emb, tokens, text_mask, independent_frames)
             if skips:
                 x = self.upsample[i](x, skips[-1].shape[2:4])
         B, T = x.shape[:2]
-        x = group_norm_silu(x.flatten(0, 1), self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias)
+        x = group_norm_silu(x.flatten(0, 1), self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, stats=stats)
         return depth_to_space(conv2d(x.unflatten(0, (B, T)), self.head), self.config.space_to_depth).to(z.dtype)
 
-    def _run(self, block: Block, *args) -> Tensor:
+    def _run(self, block: Block, *args) -> tuple[Tensor, Tensor | None]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

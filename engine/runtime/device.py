@@ -2,13 +2,25 @@
 
 import torch
 
+from dreamix_kernels import dispatch
 from engine.errors import ConfigError
+
+from . import xformers_attention  # noqa: F401, offers itself as a backend of attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU.   Raises: ConfigError if the device is not there."""
+    """`auto` is the first GPU, else the CPU.   Raises: ConfigError if the device is not there, or DREAMIX_KERNELS asks for what it cannot have."""
+    device = _find(name)
+    try:
+        dispatch.require_possible(device)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+    return device
+
+
+def _find(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,85 @@
-"""Spatial attention: every pixel of a frame attends to the frame's pixels and to the text tokens."""
+"""Spatial attention: every pixel of a frame attends to the frame's pixels and to the text tokens. One door over several backends.
+
+A backend is judged by calling it, never by importing it: on first use with a device, dtype, head dimension and kind of mask, its output and its
+gradients are compared with the definition, and the first that agrees is taken. Backends of other packages are added from outside (`add_backend`).
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dispatch import first_line, require_agreement
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]     # q [N, h, P, d]; k, v [N, h, S, d]; mask bool [N, 1, 1, S] -> like q
+FEW_KEYS = 256                         # up to which plain products train faster than SDPA on the CPU, whose backward takes ten times its forward
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(F.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), v)
+
+
+_backends: dict[str, Backend] = {"sdpa": _sdpa, "products": _products}          # in order of preference; the last needs nobody
+
+
+def add_backend(name: str, call: Backend) -> None:
+    """Offer another backend, to be tried after SDPA and before the plain products. It may import what it needs when it is called."""
+    last = _backends.pop("products")
+    _backends.update({name: call, "products": last})
+    probe.cache_clear()
+
+
+@cache
+def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool, gradients: bool) -> str | None:
+    """None if the backend agrees with the definition there, or why it must not be used."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 2, 3, 40, head_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+    mask = torch.arange(40, device=device) < torch.tensor([40, 33], device=device)[:, None]
+    mask = mask[:, None, None] if masked else None
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
+            ours, exact = ([x.detach().to(to).requires_grad_(gradients) for x in (q, k, v)] for to in (dtype, torch.float64))
+            got, want = _backends[name](*ours, mask), _products(*exact, mask)
+            require_agreement("the output", got.detach(), want.detach())
+            if gradients:
+                grads = zip("qkv", torch.autograd.grad(got, ours, dy), torch.autograd.grad(want, exact, dy.double()))
+                for which, mine, theirs in grads:
+                    require_agreement(f"the gradient of {which}", mine, theirs)
+    except Exception as problem:      # whatever a foreign backend raises is the reason to report
+        return first_line(problem)
+    return None
+
+
+def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool, gradients: bool) -> str:
+    """The first backend that works there. Those refused before it are told once."""
+    for name in list(_backends)[:-1]:
+        known = probe.cache_info().currsize
+        reason = probe(name, device, dtype, head_dim, masked, gradients)
+        if reason is None:
+            return name
+        if probe.cache_info().currsize > known and name == "sdpa":
+            warnings.warn(f"dreamix_kernels: attention without SDPA on {device} ({dtype}): {reason}", stacklevel=4)
+    return "products"
+
+
+def report(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> list[dict]:
+    """Each backend: does it work on this device and dtype, is it the one used for inference, and why."""
+    chosen = _choose(device, dtype, head_dim, True, False)
+    found = []
+    for name in _backends:
+        reason = None if name == "products" else probe(name, device, dtype, head_dim, True, False)
+        found.append({"backend": name, "works": reason is None, "used": name == chosen, "reason": reason or "agrees with the reference"})
+    return found
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor | None = None, text_v: Tensor | None = None,
@@ -31,12 +108,6 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor | None = N
         if text_mask is not None:
             mask = F.pad(text_mask, (P, 0), value=True)[:, None].expand(B, T, P + L).reshape(B * T, 1, 1, P + L)
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= 256:
-        # SDPA's backward on the CPU takes ten times its forward; over a few hundred keys the plain products win
-        scores = torch.matmul(q * d**-0.5, k.transpose(-1, -2))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        out = torch.matmul(F.softmax(scores, -1), v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).unflatten(0, (B, T))
+    grad = torch.is_grad_enabled()
+    name = "products" if grad and q.device.type == "cpu" and k.shape[2] <= FEW_KEYS else _choose(q.device, q.dtype, d, mask is not None, grad)
+    return _backends[name](q, k, v, mask).transpose(1, 2).unflatten(0, (B, T))

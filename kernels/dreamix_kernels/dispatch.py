@@ -39,12 +39,18 @@ def _import_problem() -> str | None:
     try:
         import triton  # noqa: F401
     except Exception as problem:       # a broken install raises what it likes
-        return f"triton cannot be imported ({_first_line(problem)})"
+        return f"triton cannot be imported ({first_line(problem)})"
     return None
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What an exception says, as one line."""
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def _on_cpu(device: torch.device) -> bool:
+    """The interpreter is for tests: `auto` never takes it."""
+    return device.type == "cpu"
 
 
 def _impossible(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,6 +64,12 @@ def _impossible(device: torch.device, dtype: torch.dtype) -> str | None:
     return _import_problem()
 
 
+def require_possible(device: torch.device) -> None:
+    """ValueError if DREAMIX_KERNELS is none of MODES, RuntimeError if it insists on Triton where no kernel can run."""
+    if mode() == "triton" and (reason := _impossible(device, torch.float32)):
+        raise RuntimeError(f"DREAMIX_KERNELS=triton: {reason}, and this run is on {device}")
+
+
 def _verdict(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the op's Triton kernel must not be used there. The check runs once."""
     key = (op, device, dtype)
@@ -67,7 +79,7 @@ def _verdict(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
                 import_module(f"dreamix_kernels.{op}_triton").self_check(device, dtype)
             _verdicts[key] = None
         except Exception as problem:   # whatever a compiler raises: the op has another implementation
-            _verdicts[key] = _first_line(problem)
+            _verdicts[key] = first_line(problem)
     return _verdicts[key]
 
 
@@ -77,7 +89,7 @@ def use_triton(op: str, x: Tensor) -> bool:
     Raises: ValueError for a wrong DREAMIX_KERNELS; RuntimeError if it says `triton` and the kernel cannot run here.
     """
     chosen = mode()
-    if chosen == "torch" or (chosen == "auto" and x.device.type == "cpu"):
+    if chosen == "torch" or (chosen == "auto" and _on_cpu(x.device)):
         return False
     reason = _impossible(x.device, x.dtype)
     if reason is None:
@@ -108,7 +120,7 @@ def report(device: torch.device, dtype: torch.dtype) -> list[dict]:
     found = []
     for op in TRITON_OPS:
         reason = "DREAMIX_KERNELS=torch" if mode() == "torch" else _impossible(device, dtype)
-        if reason is None and mode() == "auto" and device.type == "cpu":
+        if reason is None and mode() == "auto" and _on_cpu(device):
             reason = "Triton needs a GPU"
         reason = reason or _verdict(op, device, dtype)
         found.append({"kernel": op, "implementation": "torch" if reason else "triton", "reason": reason or "agrees with its reference"})
