@@ -24,9 +24,10 @@ class WrongResult(AssertionError):
 
 @dataclass
 class Peer:
-    """A competitor whose output has another layout: `view` brings it into the reference's, untimed."""
+    """A competitor whose output has another layout: `view` brings it into the reference's, untimed. `want`: its own right result."""
     run: Callable[[], object]
     view: Callable[[object], object] = lambda out: out
+    want: object = None
 
 
 def leaves(out) -> list[Tensor]:
@@ -113,11 +114,12 @@ class Bench:
                     raise
                 absent[name] = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
                 continue
-            wrong = difference(peer.view(out), want, tolerance)
+            own = want if peer.want is None else peer.want() if callable(peer.want) else peer.want
+            wrong = difference(peer.view(out), own, tolerance)
             if wrong:
                 raise WrongResult(f"{case}: {name} is wrong, nothing was timed: {wrong}")
             calls[name] = peer.run
-            del out
+            del out, own
         return calls, absent
 
     def _timed(self, case, calls, dtype, shape, bytes_moved, flops, seconds) -> dict:

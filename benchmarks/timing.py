@@ -26,7 +26,7 @@ def calibration() -> Callable[[], object]:
     return run
 
 
-def cpu_times(competitors: Competitors, seconds: float, min_rounds: int = 7, max_rounds: int = 60) -> dict[str, dict]:
+def cpu_times(competitors: Competitors, seconds: float, min_rounds: int = 5, max_rounds: int = 60) -> dict[str, dict]:
     """Milliseconds a call of each competitor -> {name: {min_ms, median_ms, cpu_min_ms, cpu_median_ms, rounds}}.
 
     Each round calls everyone, beginning with another each time: what slows the machine for a while slows all alike.
