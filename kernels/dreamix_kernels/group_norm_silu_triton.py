@@ -54,9 +54,9 @@ def _sums_config(parts: int, size: int) -> dict[str, int]:
 PARAMETERS_CONFIG = {"BLOCK_N": 32, "BLOCK_C": 32, "num_warps": 4}
 
 
-def _launch(kernel, like: Tensor, programs: int, *args, **config) -> None:
+def _launch(kernel, like: Tensor, programs: int, *args, **options) -> None:
     with torch.cuda.device_of(like):   # Triton launches on the current GPU, whichever the tensors' is
-        kernel[(programs,)](*args, **config)
+        kernel[(programs,)](*args, **options)
 
 
 def _walk(kind: str, x: Tensor) -> tuple[dict[str, int], tuple[int, ...], int]:

@@ -44,8 +44,8 @@ def statistics(x_ptr, b_ptr, sum_ptr, partials_ptr, P, units, pixels_per_part, p
     pixels = tl.minimum(P - first, pixels_per_part)
     start = (n * P + first) * C
     few = tl.arange(0, FEW)
-    at = start + (few[:, None] * C + c[None, :])
-    pivot = tl.sum(_load(x_ptr, b_ptr, at, (few < pixels)[:, None] & (c < C)[None, :]), 0) / tl.minimum(pixels, FEW).to(tl.float32)
+    pivot = _load(x_ptr, b_ptr, start + (few[:, None] * C + c[None, :]), (few < pixels)[:, None] & (c < C)[None, :])
+    pivot = tl.sum(pivot, 0) / tl.minimum(pixels, FEW).to(tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, pixels, BLOCK_P):
