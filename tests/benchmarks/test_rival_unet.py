@@ -58,23 +58,6 @@ def test_equals_ours(name, independent):
     assert (theirs.permute(0, 2, 3, 4, 1) - ours).abs().max() <= 1e-5 * ours.abs().max()
 
 
-def test_every_kind_of_layer_takes_part():
-    """Each layer's own weights change the rival's output: none is skipped."""
-    for name, config in CONFIGS.items():
-        unet = random_unet(config)
-        (z, *rest), extra = inputs(unet.config, 1)
-        extra = {k: frames_last(v) if v.ndim == 5 else v for k, v in extra.items()}
-        rival = RivalUNet(unet)
-        with torch.no_grad():
-            before = rival(frames_last(z), *rest, **extra)
-            for parameter_name, value in rival.named_parameters():
-                if parameter_name.endswith("weight") or parameter_name.endswith("table"):
-                    kept = value.clone()
-                    value.mul_(torch.linspace(0.5, 1.5, value.numel()).view(value.shape))
-                    assert not torch.equal(rival(frames_last(z), *rest, **extra), before), (name, parameter_name)
-                    value.copy_(kept)
-
-
 def test_the_original_is_left_alone():
     """Building the rival reorders weights of copies; ours computes what it did, and casting one does not cast the other."""
     unet = random_unet(CONFIGS["attention"])
