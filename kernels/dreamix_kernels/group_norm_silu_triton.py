@@ -243,9 +243,10 @@ def aot_cases() -> list[Case]:
                          Case(f"{name} {TYPES[dtype]}", kernel, {**arguments, **absent}, constants, {"num_warps": chosen["num_warps"]}))
 
     plain = {"scale_ptr": None, "shift_ptr": None}
-    for stage, P, C in (("ssr3 384x640", 384 * 640, 128), ("tsr1 6x10", 60, 1024), ("base 3x5", 15, 3072), ("sprites 12x20", 240, 96)):
+    stages = ("ssr3 384x640", 384 * 640, 128, 32), ("tsr1 6x10", 60, 1024, 32), ("base 3x5", 15, 3072, 32), ("sprites 24x40", 960, 48, 8)
+    for stage, P, C, groups in stages:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            shape, size = f"{stage} C={C}", C // 32
+            shape, size = f"{stage} C={C}", C // groups
             add(f"gn statistics {shape}", kernels.statistics, dtype, config("statistics", P, C)[1], b_ptr=None, sum_ptr=None)
             add(f"gn add_statistics {shape}", kernels.statistics, dtype, config("statistics", P, C)[1])
             add(f"gn apply {shape}", kernels.apply, dtype, config("apply", P, C)[1], **plain)
