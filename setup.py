@@ -42,6 +42,7 @@ setup(
     packages=find_namespace_packages(include=["engine", "engine.*"], exclude=["*__pycache__*"]) + ["dreamix_kernels"],
     package_dir={"dreamix_kernels": "kernels/dreamix_kernels"},
     cmdclass={"build_py": BuildWithConfigs},
+    package_data={"dreamix_kernels": ["*.cpp"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.11,<2.14",         # capped: an open range fetches the newest CUDA for several GB even where a CPU build is at hand

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamix_kernels import spatial_attention, temporal_attention_packed, temporal_conv_block
+from dreamix_kernels.temporal_attention import wants_sequences
 
 from .embeddings import RelativePositionBias
 
@@ -49,9 +50,10 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, independent_frames: Tensor | None = None) -> Tensor:
         H, W = x.shape[2:4]
+        swap = wants_sequences(x)
 
-        def order(rows):              # on the CPU a pixel's frames lie side by side: one copy here stands for three, of q, k and v
-            return rows if x.is_cuda else rows.transpose(1, 2)
+        def order(rows):              # one copy here, of x, then stands for three, of q, k and v
+            return rows.transpose(1, 2) if swap else rows
 
         h = order(x.flatten(2, 3)).contiguous()
         qkv = order(self.to_qkv(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)))

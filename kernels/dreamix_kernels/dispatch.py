@@ -1,8 +1,8 @@
-"""Which implementation of an op runs on a tensor: Triton on a GPU where the kernel has proved itself there, PyTorch everywhere else.
+"""Which implementation of an op runs on a tensor: Triton on a GPU, compiled C++ on the CPU, PyTorch wherever those have not proved themselves.
 
-DREAMIX_KERNELS=auto (default) decides so; `torch` never uses Triton; `triton` insists on it and raises where it cannot be had. A kernel proves
-itself on first use on a device and dtype: `self_check` of its module compares it with the op's definition, output and gradients; a kernel that
-fails, or does not compile, is left out with one warning, and never runs.
+DREAMIX_KERNELS=auto (default) decides so; `torch` takes PyTorch alone; `triton` insists on Triton and raises where it cannot be had. A kernel proves
+itself on first use on a device and dtype: the `self_check` of its module compares it with the op's definition, output and gradients. One that
+fails, or does not compile, is left out with one warning and never runs.
 """
 
 import os
@@ -16,8 +16,11 @@ from torch import Tensor
 MODES = ("auto", "triton", "torch")
 TRITON_OPS = ("temporal_attention", "temporal_conv", "group_norm_silu")        # those with a module <op>_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_OPS = ("temporal_attention", "group_norm_silu")                         # those in native.cpp
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+NO_COMPILER = "there is no C++ compiler"
 
-_verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}        # None: it agrees with its reference
+_verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}        # (op_kind, device, dtype); None: it agrees with its reference
 
 
 def mode() -> str:
@@ -70,17 +73,33 @@ def require_possible(device: torch.device) -> None:
         raise RuntimeError(f"DREAMIX_KERNELS=triton: {reason}, and this run is on {device}")
 
 
-def _verdict(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None, or why the op's Triton kernel must not be used there. The check runs once."""
-    key = (op, device, dtype)
+def _verdict(op: str, device: torch.device, dtype: torch.dtype, kind: str = "triton") -> str | None:
+    """None, or why the op's own kernel must not be used there. The check runs once."""
+    key = (f"{op}_{kind}", device, dtype)
     if key not in _verdicts:
         try:
+            module = import_module("dreamix_kernels.native_check" if kind == "native" else f"dreamix_kernels.{op}_triton")
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                import_module(f"dreamix_kernels.{op}_triton").self_check(device, dtype)
+                module.self_check(*([op] if kind == "native" else []), device, dtype)
             _verdicts[key] = None
         except Exception as problem:   # whatever a compiler raises: the op has another implementation
             _verdicts[key] = first_line(problem)
     return _verdicts[key]
+
+
+def _warn(op: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    warnings.warn(f"dreamix_kernels: {op} runs in PyTorch on {device} ({dtype}): {reason}", stacklevel=4)
+
+
+def use_native(op: str, x: Tensor) -> bool:
+    """True if the op's C++ kernel is to run on tensors like x: on the CPU, in `auto`.   Raises: ValueError for a wrong DREAMIX_KERNELS."""
+    if mode() != "auto" or not _on_cpu(x.device) or x.dtype not in NATIVE_DTYPES:
+        return False
+    known = (f"{op}_native", x.device, x.dtype) in _verdicts
+    reason = _verdict(op, x.device, x.dtype, "native")
+    if reason is not None and not known and reason != NO_COMPILER:         # having none is no fault
+        _warn(op, x.device, x.dtype, reason)
+    return reason is None
 
 
 def use_triton(op: str, x: Tensor) -> bool:
@@ -93,12 +112,12 @@ def use_triton(op: str, x: Tensor) -> bool:
         return False
     reason = _impossible(x.device, x.dtype)
     if reason is None:
-        known = (op, x.device, x.dtype) in _verdicts
+        known = (f"{op}_triton", x.device, x.dtype) in _verdicts
         if not known and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False               # a check cannot run inside a graph capture: warm up first, as every capture must
         reason = _verdict(op, x.device, x.dtype)
         if reason is not None and not known and chosen == "auto":
-            warnings.warn(f"dreamix_kernels: {op} runs in PyTorch on {x.device} ({x.dtype}): {reason}", stacklevel=3)
+            _warn(op, x.device, x.dtype, reason)
     if reason is not None and chosen == "triton":
         raise RuntimeError(f"DREAMIX_KERNELS=triton, but {op} cannot run on {x.device} ({x.dtype}): {reason}")
     return reason is None
@@ -119,9 +138,12 @@ def report(device: torch.device, dtype: torch.dtype) -> list[dict]:
     """For each op: which implementation runs on this device and dtype, and why."""
     found = []
     for op in TRITON_OPS:
-        reason = "DREAMIX_KERNELS=torch" if mode() == "torch" else _impossible(device, dtype)
-        if reason is None and mode() == "auto" and _on_cpu(device):
-            reason = "Triton needs a GPU"
-        reason = reason or _verdict(op, device, dtype)
-        found.append({"kernel": op, "implementation": "torch" if reason else "triton", "reason": reason or "agrees with its reference"})
+        chosen, reason = "torch", "DREAMIX_KERNELS=torch"
+        if mode() == "auto" and _on_cpu(device):
+            chosen = "c++"
+            reason = "PyTorch's own is the fastest known on a CPU" if op not in NATIVE_OPS else \
+                f"the C++ kernels take fp32 and bf16, not {dtype}" if dtype not in NATIVE_DTYPES else _verdict(op, device, dtype, "native")
+        elif mode() != "torch":
+            chosen, reason = "triton", _impossible(device, dtype) or _verdict(op, device, dtype)
+        found.append({"kernel": op, "implementation": "torch" if reason else chosen, "reason": reason or "agrees with its reference"})
     return found

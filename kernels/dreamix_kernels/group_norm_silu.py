@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from . import native
+from .dispatch import use_native, use_triton
 
 
 def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None = None,
@@ -70,20 +71,27 @@ def _moments(x: Tensor, groups: int, wide: torch.dtype) -> tuple[Tensor, Tensor]
     return mean, _group_mean(squares.div_(P) + (means - mean).square_(), groups)
 
 
-def _forward(x, groups, weight, bias, scale, shift, eps, stats):
+def _affine(weight, bias, scale, shift, wide):
+    """GroupNorm's affine parameters and FiLM as one multiply-add of the normalised x: [N or 1, C] each."""
+    film = 1 if scale is None else 1 + scale.to(wide)
+    affine, add = (weight.to(wide) * film).view(-1, len(weight)), (bias.to(wide) * film).view(-1, len(weight))
+    return affine, add if shift is None else add + shift.to(wide)
+
+
+def _forward(x, groups, weight, bias, scale, shift, eps, stats, compiled):
     """Everything per (frame, channel) folds into one multiply-add over x [N, P, C].   -> y, (mean, rstd, gain, offset), each [N, C]"""
     C = x.shape[-1]
     wide, step = torch.promote_types(x.dtype, torch.float32), _step(x)
-    film = 1 if scale is None else 1 + scale.to(wide)
+    affine, add = _affine(weight, bias, scale, shift, wide)
+    if compiled:
+        return native.norm_forward(x, groups, affine, add, eps, stats)
     if stats is None:
         mean, var = _moments(x, groups, wide)
     else:
         mean, var = (s.to(wide).repeat_interleave(C // groups, 1) for s in stats.unbind(-1))
     rstd = torch.rsqrt(var + eps)
-    gain = rstd * (weight.to(wide) * film)
-    offset = torch.addcmul(bias.to(wide) * film, mean, gain, value=-1)
-    if shift is not None:
-        offset = offset + shift.to(wide)
+    gain = rstd * affine
+    offset = torch.addcmul(add.expand_as(mean), mean, gain, value=-1)
     y = torch.empty_like(x)
     flat = f = None
     for part, out, g, o in zip(x.split(step), y.split(step), gain[:, None].split(step), offset[:, None].split(step)):
@@ -98,42 +106,55 @@ def _forward(x, groups, weight, bias, scale, shift, eps, stats):
     return y, (mean, rstd, gain, offset)
 
 
-class _GroupNormSiLU(torch.autograd.Function):
-    """Backward recomputes the forward's result instead of saving it. All arithmetic is in fp32 (fp64 for fp64)."""
+class GroupNormSiLU(torch.autograd.Function):
+    """The op on x [N, P, C]; backward recomputes the forward's result instead of saving it. All arithmetic is in fp32 (fp64 for fp64).
+
+    `compiled`: by the C++ kernels. One of the two kinds runs in both directions.
+    """
 
     @staticmethod
-    def forward(ctx, x, groups, weight, bias, scale, shift, eps, stats):
-        y, folded = _forward(x, groups, weight, bias, scale, shift, eps, stats)
-        ctx.groups = groups
+    def forward(ctx, x, groups, weight, bias, scale, shift, eps, stats, compiled):
+        y, folded = _forward(x, groups, weight, bias, scale, shift, eps, stats, compiled)
+        ctx.groups, ctx.compiled = groups, compiled
         ctx.save_for_backward(x, *folded, weight, bias, scale)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, mean, rstd, gain, offset, weight, bias, scale = ctx.saved_tensors
-        N, P, C = x.shape
-        wide, groups, dy = gain.dtype, ctx.groups, dy.contiguous()
+        wide, dy = gain.dtype, dy.contiguous()
         film = 1 if scale is None else 1 + scale.to(wide)
-        affine = (weight.to(wide) * film).expand(N, C)
-        doffset, dnormed, dx = torch.empty_like(gain), torch.empty_like(gain), torch.empty_like(x)
-        for n in (slice(i, i + _step(x)) for i in range(0, N, _step(x))):
-            f = x[n].to(wide) - mean[n, None]
-            (flat_u, u), (flat_du, du) = _buffer(f.shape, f), _buffer(f.shape, f)
-            torch.addcmul(offset[n, None], x[n].to(wide), gain[n, None], out=u)                 # normalised * affine + add
-            du.copy_(dy[n])
-            torch.ops.aten.silu_backward(flat_du, flat_u, grad_input=flat_du)
-            doffset[n] = du.sum(1)
-            dnormed[n] = torch.mul(du, f, out=u).sum(1) * rstd[n]                               # sum of du * normalised
-            # through the statistics: dx = du * gain - rstd * (mean of g + normalised * mean of g * normalised), g = du * affine
-            g1, g2 = _group_mean(doffset[n] * affine[n] / P, groups), _group_mean(dnormed[n] * affine[n] / P, groups)
-            a, b = -rstd[n].square() * g2, -rstd[n] * g1
-            dx[n] = torch.addcmul(b[:, None], f, a[:, None], out=f).addcmul_(du, gain[n, None])
+        affine = (weight.to(wide) * film).view(-1, x.shape[-1])
+        if ctx.compiled:
+            dx, doffset, dnormed = native.norm_backward(x, dy, ctx.groups, affine, (mean, rstd, gain, offset))
+        else:
+            dx, doffset, dnormed = _backward(x, dy, ctx.groups, affine.expand_as(gain), mean, rstd, gain, offset)
         dweight, dbias = (dnormed * film).sum(0), (doffset * film).sum(0)
         dscale = dshift = None
         if scale is not None:
             dscale = (dnormed * weight.to(wide) + doffset * bias.to(wide)).to(scale.dtype)
             dshift = doffset.to(scale.dtype)
-        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, None, None
+        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, dshift, None, None, None
+
+
+def _backward(x, dy, groups, affine, mean, rstd, gain, offset):
+    """dx, and per frame the sums over pixels of du and of du * normalised; du is the gradient before SiLU.   -> [N, P, C], [N, C], [N, C]"""
+    N, P, _ = x.shape
+    wide, step = gain.dtype, _step(x)
+    doffset, dnormed, dx = torch.empty_like(gain), torch.empty_like(gain), torch.empty_like(x)
+    for n in (slice(i, i + step) for i in range(0, N, step)):
+        f = x[n].to(wide) - mean[n, None]
+        (flat_u, u), (flat_du, du) = _buffer(f.shape, f), _buffer(f.shape, f)
+        torch.addcmul(offset[n, None], x[n].to(wide), gain[n, None], out=u)                 # normalised * affine + add
+        du.copy_(dy[n])
+        torch.ops.aten.silu_backward(flat_du, flat_u, grad_input=flat_du)
+        doffset[n] = du.sum(1)
+        dnormed[n] = torch.mul(du, f, out=u).sum(1) * rstd[n]
+        # through the statistics: dx = du * gain - rstd * (mean of g + normalised * mean of g * normalised), g = du * affine
+        g1, g2 = _group_mean(doffset[n] * affine[n] / P, groups), _group_mean(dnormed[n] * affine[n] / P, groups)
+        a, b = -rstd[n].square() * g2, -rstd[n] * g1
+        dx[n] = torch.addcmul(b[:, None], f, a[:, None], out=f).addcmul_(du, gain[n, None])
+    return dx, doffset, dnormed
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
@@ -157,9 +178,9 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale:
     if use_triton("group_norm_silu", x):
         from . import group_norm_silu_triton as gpu
         return gpu.group_norm_silu(rows, groups, weight, bias, scale, shift, eps, stats).view(x.shape)
-    if not torch.is_grad_enabled():
-        return _forward(rows, groups, weight, bias, scale, shift, eps, stats)[0].view(x.shape)
-    return _GroupNormSiLU.apply(rows, groups, weight, bias, scale, shift, eps, stats).view(x.shape)
+    compiled = use_native("group_norm_silu", x)
+    op = GroupNormSiLU.apply if torch.is_grad_enabled() else lambda *args: _forward(*args)[0]
+    return op(rows.contiguous(), groups, weight, bias, scale, shift, eps, stats, compiled).view(x.shape)
 
 
 def add_statistics(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor | None]:

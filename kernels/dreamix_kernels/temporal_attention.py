@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import use_triton
+from . import native
+from .dispatch import use_native, use_triton
 
 SDPA_BATCH_LIMIT = 65536               # its kernels refuse as many sequences: "invalid configuration argument"
 
@@ -53,6 +54,11 @@ def temporal_attention_packed(qkv: Tensor, bias: Tensor, independent_frames: Ten
     return temporal_attention(q, k, v, bias, independent_frames)
 
 
+def wants_sequences(x: Tensor) -> bool:
+    """True where attention along time reads a pixel's frames best when they lie side by side: in PyTorch on the CPU, and in training there."""
+    return x.device.type == "cpu" and (torch.is_grad_enabled() or not use_native("temporal_attention", x))
+
+
 def _check(v: Tensor, bias: Tensor, independent_frames: Tensor | None) -> None:
     B, T, heads = *v.shape[:2], v.shape[4]
     if bias.shape != (heads, T, T):
@@ -63,6 +69,8 @@ def _check(v: Tensor, bias: Tensor, independent_frames: Tensor | None) -> None:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     B, T, H, W, h, d = v.shape
+    if not torch.is_grad_enabled() and native.can_attend(q, k, v) and use_native("temporal_attention", v):
+        return native.temporal_attention(*(x.flatten(2, 3) for x in (q, k, v)), bias).unflatten(2, (H, W))
     q, k, v = (x.movedim(1, 3).flatten(0, 2).transpose(1, 2) for x in (q, k, v))          # [pixels, h, T, d], views where sequence-major
     bias = bias.to(q.dtype)
     few = q.device.type == "cpu" or len(q) < SDPA_BATCH_LIMIT
