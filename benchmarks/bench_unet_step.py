@@ -55,7 +55,7 @@ def rivals(network: VideoUNet, args: tuple, extra: dict, compiled: Callable) -> 
     theirs = {key: frames_last(value) if value.ndim == 5 else value for key, value in extra.items()}
     back = lambda out: out.permute(0, 2, 3, 4, 1)                      # noqa: E731
     found = {"eager": Peer(lambda: rival(z, *rest, **theirs), back)}
-    if fast := compiled(rival):
+    if (fast := compiled(rival)) is not None:
         found["compiled"] = Peer(lambda: fast(z, *rest, **theirs), back)
     return found
 

@@ -60,7 +60,7 @@ def cpu(device):
 
 @pytest.fixture
 def compiled(pytestconfig):
-    """compiled(f): torch.compile of f, or the sentence why it is absent."""
+    """compiled(f): torch.compile of f, or None where it was not asked for. What the compiler cannot do shows at the first call."""
     def make(f, **options):
         if not pytestconfig.getoption("--compiled"):
             return None

@@ -7,6 +7,7 @@ from dreamix_kernels import spatial_attention, temporal_attention_packed, tempor
 from dreamix_kernels.temporal_attention import wants_sequences
 
 from .embeddings import RelativePositionBias
+from .resblock import residual
 
 
 class SpatialAttention(nn.Module):
@@ -29,7 +30,7 @@ class SpatialAttention(nn.Module):
         q, k, v = self.to_qkv(self.norm(x)).flatten(2, 3).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         text_k, text_v = self.text_to_kv(text).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         out = spatial_attention(q, k, v, text_k, text_v, text_mask)
-        return x + self.to_out(out.flatten(-2).unflatten(2, (H, W)))
+        return residual(x, self.to_out(out.flatten(-2).unflatten(2, (H, W))))
 
 
 class TemporalAttention(nn.Module):
@@ -59,7 +60,8 @@ class TemporalAttention(nn.Module):
         qkv = order(self.to_qkv(self.norm(h)).unflatten(-1, (3, self.num_heads, -1)))
         out = temporal_attention_packed(qkv.unflatten(2, (H, W)), self.position_bias(x.shape[1]), independent_frames)
         out = order(out.flatten(2, 3)).flatten(-2).contiguous()           # independent frames' values are a slice of qkv
-        return x + order(self.to_out(out)).unflatten(2, (H, W))
+        out = order(self.to_out(out)).unflatten(2, (H, W))
+        return x + out if swap else residual(x, out)
 
 
 class TemporalConv(nn.Module):

@@ -3,6 +3,7 @@
 Videos are [B, T, H, W, C]; a 2-D convolution sees [B * T, C, H, W] in channels_last, which is a view.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,11 @@ def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     B, T = x.shape[:2]
     out = conv(x.flatten(0, 1).permute(0, 3, 1, 2))
     return out.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, T))
+
+
+def residual(x: Tensor, h: Tensor) -> Tensor:
+    """x + h of a branch's fresh output h; written over h where no gradient asks for it."""
+    return x + h if torch.is_grad_enabled() else h.add_(x)
 
 
 class ResBlock(nn.Module):
@@ -41,7 +47,7 @@ class ResBlock(nn.Module):
         h = group_norm_silu(h.flatten(0, 1), self.norm2.num_groups, self.norm2.weight, self.norm2.bias, scale, shift)
         h = conv2d(h.unflatten(0, (B, T)), self.conv2)
         if not want_stats:
-            return self.skip(x) + h, None
+            return residual(self.skip(x), h), None
         y, stats = add_statistics(self.skip(x).flatten(0, 1), h.flatten(0, 1), self.norm2.num_groups)
         return y.unflatten(0, (B, T)), stats
 

@@ -187,6 +187,7 @@ def add_statistics(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor | 
     """a + b, and the statistics of the sum for the GroupNorm that reads it, where they come in the same pass: on a GPU.
 
     Shapes: a, b [N, H, W, C] -> like a, fp32 [N, groups, 2] = (mean, biased variance) per frame, or None.
+    Without gradients the sum may be written over b.
     Raises: ValueError if the shapes differ or groups does not divide C.
     """
     if a.shape != b.shape:
@@ -198,7 +199,7 @@ def add_statistics(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor | 
         from . import group_norm_silu_triton as gpu
         total, stats = gpu.add_statistics(a.reshape(N, -1, C), b.reshape(N, -1, C), groups)
         return total.view(a.shape), stats
-    return a + b, None
+    return (a + b if torch.is_grad_enabled() or a.dtype != b.dtype else b.add_(a)), None
 
 
 def check_norm(C: int, groups: int, weight: Tensor, bias: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the temporal convolution block: y = x + conv(h) + bias on [B, T, P, C], as matrix products. `temporal_conv_triton` launches them.
+"""The Triton kernels of the temporal convolution block, y = x + conv(h) + bias on [B, T, P, C]. `temporal_conv_triton` launches them.
 
 h = silu(x * gain + offset) is the activated tensor; frames outside the clip are zeros of h. Tap k of output frame t reads h at t + k - 1.
 A weight is packed [3, C, C]: tap, channel that is read, channel that is written. Without ACTIVATE h is x itself, and without RESIDUAL
