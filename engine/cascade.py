@@ -163,13 +163,14 @@ class StageRun:
     def noise(self, step: int | str, frames: range, shape: tuple[int, int, int] | None = None) -> Tensor:
         """Each frame's numbers come from (seed, stage, step, frame), so chunks and memory policies never change them."""
         shape = shape or (self.stage.height, self.stage.width, 3)
-        return torch.stack([frame_noise(seed, self.stage.name, step, frames, shape) for seed in self.seeds]).to(self.device)
+        drawn = [frame_noise(seed, self.stage.name, step, frames, shape) for seed in self.seeds]
+        return (torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]).to(self.device)
 
     def denoise(self, z: Tensor, lowres: Tensor | None, level: float | None, frames: range, start: float) -> Tensor:
         scale = self.diffusion.residual_scale if lowres is not None else None
         threshold = self._threshold()
         if scale is not None:                              # the network sees (x - lowres) / scale; the range is x's
-            clip, threshold = threshold, lambda r: (clip(lowres + scale * r) - lowres) / scale
+            threshold = self._residual_threshold(lowres, scale)
         levels = None if lowres is None else torch.full((len(lowres),), level, device=self.device)
 
         def network(text):
@@ -189,3 +190,11 @@ class StageRun:
         if self.diffusion.threshold == "dynamic":
             return lambda x0: dynamic_threshold(x0, self.diffusion.threshold_percentile)
         return static_threshold if self.diffusion.threshold == "static" else lambda x0: x0
+
+    def _residual_threshold(self, lowres: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
+        """The threshold of lowres + scale * r, told in r: one pass over the video a step where its bounds are fixed."""
+        if self.diffusion.threshold == "static":
+            low, high = (-1 - lowres) / scale, (1 - lowres) / scale
+            return lambda r: torch.clamp(r, low, high)
+        clip = self._threshold()
+        return lambda r: (clip(lowres + scale * r) - lowres) / scale

@@ -74,13 +74,13 @@ def run(x, groups, weight, bias, scale, shift, dy):
     return op(x, groups, weight, bias, scale, shift), stats, dx, dscale, dshift
 
 
-@pytest.mark.parametrize("case, dtype", [(c, d) for c in CASES for d in DTYPES if d != torch.float16 or c[2] < 64], ids=str)
+@pytest.mark.parametrize("case, dtype", [(c, d) for c in CASES for d in DTYPES if d != torch.float16 or c[1] == 35], ids=str)
 def test_matches_reference(case, dtype, randn, device, assert_matches, poisoned):
     assert_matches(op, reference, make(randn, device, case[:-1], dtype, case[-1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5, 1, 1), (3, 1, 8, 2), (2, 1100, 24, 8), (2, 9, 200, 8), (1, 6, 1024, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 1, 1), (3, 1, 8, 2), (2, 1100, 24, 8), (2, 9, 200, 4), (1, 6, 1024, 2)], ids=str)
 def test_statistics(shape, dtype, randn, device, poisoned):
     x = make(randn, device, shape, dtype, mean=0.5)[0]
     assert_statistics(gn.frame_statistics(x, shape[-1]), x, shape[-1])
@@ -165,7 +165,7 @@ def test_given_stats_are_used(randn, device):
 @pytest.mark.parametrize("dtype, film", [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_fold(film, dtype, randn, device, poisoned):
     """Its gain and offset are the op; of a wide C, every block of channels."""
-    for shape in ((2, 35, 24, 8), (2, 5, 600, 8)):
+    for shape in ((2, 35, 24, 2), (1, 5, 600, 4)):
         x, groups, *rest = make(randn, device, shape, dtype, film)
         gain, offset = gn.fold(gn.frame_statistics(x, groups), groups, *rest, EPS)
         assert gain.dtype == offset.dtype == torch.float32 and gain.shape == offset.shape == (x.shape[0], x.shape[2])
@@ -211,12 +211,11 @@ def test_backward_adds_another_gradient(dtype, film, randn, device, assert_match
     assert_matches(Residual.apply, lambda x, *rest: x + reference(x, *rest), make(randn, device, (2, 75, 40, 4), dtype, film))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_scale_and_shift_are_halves(dtype, randn, device):
+def test_scale_and_shift_are_halves(randn, device, dtype=torch.bfloat16):
     """Halves of one projection, and one row for all frames: read where they are."""
-    x, groups, weight, bias, *_ = make(randn, device, (3, 35, 24, 2), dtype)
-    halves, dy = randn(3, 48, dtype=dtype, device=device).chunk(2, -1), torch.ones_like(x)
-    for scale, shift in (halves, [h[:1].expand(3, -1) for h in halves], [h.T.contiguous().T for h in halves]):
+    x, groups, weight, bias, *_ = make(randn, device, (2, 35, 24, 2), dtype)
+    halves, dy = randn(2, 48, dtype=dtype, device=device).chunk(2, -1), torch.ones_like(x)
+    for scale, shift in (halves, [h[:1].expand(2, -1) for h in halves], [h.T.contiguous().T for h in halves]):
         apart = run(x, groups, weight, bias, scale, shift, dy)
         assert all(torch.equal(a, b) for a, b in zip(apart, run(x, groups, weight, bias, scale.contiguous(), shift.contiguous(), dy)))
 
@@ -248,16 +247,16 @@ def test_gradient_through_a_sum_and_its_statistics(dtype, randn, device, assert_
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_frames_are_normalised_alone(dtype, randn, device):
     """A frame that changes, to numbers or to NaN, changes no bit of another's output, statistics and gradients; nor does its absence."""
-    x, groups, weight, bias, scale, shift = make(randn, device, (4, 70, 24, 2), dtype)
+    x, groups, weight, bias, scale, shift = make(randn, device, (3, 70, 24, 2), dtype)
     dy = randn(*x.shape, dtype=dtype, device=device)
     whole = run(x, groups, weight, bias, scale, shift, dy)
-    for j, value in ((0, 3.0), (2, float("nan"))):
-        changed, others = x.clone(), [n for n in range(4) if n != j]
+    for j, value in ((0, 3.0), (1, float("nan"))):
+        changed, others = x.clone(), [n for n in range(3) if n != j]
         changed[j, 5:] *= value
         after = run(changed, groups, weight, bias, scale, shift, dy)
         assert all(torch.equal(a[others], b[others]) for a, b in zip(whole, after))
         assert all(not torch.equal(a[j], b[j]) for a, b in zip(whole[:3], after))
-    for n in (0, 3):
+    for n in (0, 2):
         alone = run(x[n : n + 1], groups, weight, bias, scale[n : n + 1], shift[n : n + 1], dy[n : n + 1])
         assert all(torch.equal(a[n], b[0]) for a, b in zip(whole, alone))
 
