@@ -44,7 +44,7 @@ def config(kernel: str, T: int, d: int, dtype: torch.dtype) -> Tile | None:
     keys = max(16, triton.next_power_of_2(T))
     if dtype == torch.float32:               # padded length: pixels, block of queries (of keys, in `backward_keys`), chunk, warps
         tiles = {"forward": {16: (4, 16, 16, 4), 32: (1, 32, 16, 8), 64: (1, 64, 16, 4), 128: (1, 32, 32, 8)},
-                 "backward": {16: (4, 16, 16, 4), 32: (1, 32, 16, 4), 64: (1, 32, 16, 8), 128: (1, 32, 16, 8)},
+                 "backward": {16: (4, 16, 16, 4), 32: (1, 32, 16, 8), 64: (1, 32, 16, 8), 128: (1, 32, 16, 8)},
                  "backward_keys": {64: (1, 32, 16, 8), 128: (1, 16, 16, 8)}}
     elif d == 32:
         tiles = {"forward": {16: (8, 16, d, 4), 32: (4, 32, d, 4), 64: (1, 64, d, 4), 128: (1, 64, d, 4)},

@@ -53,8 +53,9 @@ def test_matches_reference(shape, dtype, randn, device, assert_matches, poisoned
 
 
 @pytest.mark.parametrize("mask", [[False] * 2, [True] * 2, [False, True]], ids=str)
-@pytest.mark.parametrize("shape, dtype", [((5, 3, 2, 32), torch.float32), ((5, 5, 1, 64), torch.bfloat16), ((5, 5, 1, 32), torch.float16),
-                                          ((33, 1, 1, 32), torch.float32), ((33, 2, 1, 64), torch.float16), ((70, 1, 1, 32), torch.bfloat16)])
+@pytest.mark.parametrize("shape, dtype", [
+    ((5, 3, 2, 32), torch.float32), ((5, 5, 1, 64), torch.bfloat16), ((5, 5, 1, 32), torch.float16),
+    ((33, 1, 1, 32), torch.float32), ((33, 2, 1, 64), torch.float16), ((70, 1, 1, 32), torch.bfloat16)])
 def test_matches_reference_under_every_mask(shape, mask, dtype, randn, device, assert_matches, poisoned):
     qkv, bias, mask, _ = inputs(randn, device, 2, *shape, dtype, mask)
     assert_matches(op.temporal_attention_packed, packed_reference, (qkv, bias, mask))
