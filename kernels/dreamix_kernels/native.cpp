@@ -187,12 +187,17 @@ static inline void transpose16(const float* in, i64 ld, float* out, i64 out_ld) 
     for (int i = 0; i < 16; i++) store(out + i * out_ld, r[i]);
 }
 
-// out rows 0..7 = lhs [8, n] times rhs [n, 16]: eight sums side by side keep the multipliers busy
+// acc rows 0..7 = lhs [8, n] times rhs [n, 16]: eight sums side by side, odd and even terms apart, keep the multipliers busy and the error small
 static inline void product8(const float* lhs, i64 ld, const float* rhs, i64 rhs_ld, i64 n, f16* acc) {
-    for (i64 j = 0; j < n; j++) {
-        f16 b = load(rhs + j * rhs_ld);
-        for (int i = 0; i < 8; i++) acc[i] += lhs[i * ld + j] * b;
+    f16 odd[8] = {};
+    for (int i = 0; i < 8; i++) acc[i] = f16{};
+    i64 j = 0;
+    for (; j + 1 < n; j += 2) {
+        f16 b = load(rhs + j * rhs_ld), c = load(rhs + (j + 1) * rhs_ld);
+        for (int i = 0; i < 8; i++) { acc[i] += lhs[i * ld + j] * b; odd[i] += lhs[i * ld + j + 1] * c; }
     }
+    if (j < n) { f16 b = load(rhs + j * rhs_ld); for (int i = 0; i < 8; i++) acc[i] += lhs[i * ld + j] * b; }
+    for (int i = 0; i < 8; i++) acc[i] += odd[i];
 }
 
 // the largest lane in every lane, the sum of all lanes in every lane
@@ -233,7 +238,7 @@ static void attend(const T* q, const T* k, const T* v, const float* bias, T* out
                     for (i64 c = 0; c < d; c += 16) {
                         const int n = d - c < 16 ? (int)(d - c) : 16;
                         const i64 e = at + t * in[1] + c;
-                        __builtin_prefetch(q + e + ahead); __builtin_prefetch(k + e + ahead); __builtin_prefetch(v + e + ahead);
+                        __builtin_prefetch(q + e + ahead, 0, 1); __builtin_prefetch(k + e + ahead, 0, 1); __builtin_prefetch(v + e + ahead, 0, 1);
                         store(wq + t * D + c, load(q + e, n) * scale); store(wk + t * D + c, load(k + e, n)); store(wv + t * D + c, load(v + e, n));
                     }
                 for (i64 t = 0; t < Fp; t += 16)
@@ -243,8 +248,8 @@ static void attend(const T* q, const T* k, const T* v, const float* bias, T* out
                     for (int i = 0; i < 8; i++) { most[i] = splat(-INFINITY); sum[i] = f16{}; }
                     for (i64 s = 0; s < Fp; s += 16) {
                         f16 acc[8];
-                        for (int i = 0; i < 8; i++) acc[i] = load(padded + (h * Fp + t + i) * Fp + s);
                         product8(wq + t * D, D, kt + s, Fp, d, acc);
+                        for (int i = 0; i < 8; i++) acc[i] += load(padded + (h * Fp + t + i) * Fp + s);
                         for (int i = 0; i < 8; i++) { store(w + i * Fp + s, acc[i]); most[i] = max16(most[i], acc[i]); }
                     }
                     for (int i = 0; i < 8; i++) most[i] = top16(most[i]);
@@ -258,7 +263,7 @@ static void attend(const T* q, const T* k, const T* v, const float* bias, T* out
                     const int rows = F - t < 8 ? (int)(F - t) : 8;
                     for (i64 c = 0; c < d; c += 16) {
                         const int n = d - c < 16 ? (int)(d - c) : 16;
-                        f16 acc[8] = {};
+                        f16 acc[8];
                         product8(w, Fp, wv + c, D, F, acc);
                         for (int i = 0; i < rows; i++) store(out + to_at + (t + i) * to[1] + c, acc[i] * sum[i], n);
                     }

@@ -8,6 +8,12 @@ SHAPES = [((1, 1, 1, 2), 1), ((3, 1, 1, 8), 2), ((2, 3, 5, 24), 8), ((5, 7, 9, 3
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True, params=["auto", "torch"])
+def implementation(request, monkeypatch):
+    """What the machine's own kernels compute, and PyTorch's formulation alone."""
+    monkeypatch.setenv("DREAMIX_KERNELS", request.param)
+
+
 def inputs(randn, shape, groups, dtype, film=True, mean=0.0):
     N, C = shape[0], shape[-1]
     x = (randn(*shape) + mean).to(dtype)

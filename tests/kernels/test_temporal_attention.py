@@ -4,6 +4,12 @@ import torch
 from dreamix_kernels import temporal_attention
 
 
+@pytest.fixture(autouse=True, params=["auto", "torch"])
+def implementation(request, monkeypatch):
+    """What the machine's own kernels compute, and PyTorch's formulation alone."""
+    monkeypatch.setenv("DREAMIX_KERNELS", request.param)
+
+
 def reference(q, k, v, bias, independent_frames=None):
     """The definition: scores of every pair of frames, those the mask forbids at minus infinity."""
     scores = torch.einsum("bshwnd,bthwnd->bhwnst", q, k) * q.shape[-1] ** -0.5 + bias
