@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("dreamix benchmarks")
     group.addoption("--record", action="store_true", help="append a JSON line for every case to benchmarks/results/<device>.jsonl")
     group.addoption("--compiled", action="store_true", help="also torch.compile of the references as a peer: slow to begin with")
-    group.addoption("--seconds", type=float, default=0.8, help="about how long to time each case")
+    group.addoption("--seconds", type=float, default=0.5, help="about how long to time each case")
     group.addoption("--results", type=Path, default=results.FOLDER, help="folder of the stored results")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import regression, results, timing
 from benchmarks.table import HEADER, KEYS, Row
+from dreamix_kernels.dispatch import report
 
 # root mean square of the error, over that of the reference; the largest error may be LARGEST times as much of the largest value
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -76,6 +77,7 @@ class Bench:
         self.about = results.about(device, command)
         self.history = results.read(self.about["device"], folder)
         self.rows: list[Row] = []
+        self.kernels: dict[torch.dtype, list[dict]] = {}   # which implementation of each op runs here, and why: what "ours" stands for
 
     def measure(self, case: str, competitors: dict, *, reference, dtype: torch.dtype, shape=None, tolerance: float | None = None,
                 bytes_moved: float | None = None, flops: float | None = None, floor: dict[str, float] | None = None,
@@ -90,7 +92,7 @@ class Bench:
             calls, absent = self._checked(case, competitors, reference, TOLERANCE[dtype] if tolerance is None else tolerance)
             row = Row({}, absent, floor or {}, goal or {})
             for attempt in range(2):               # what fails is measured once more, longer: a neighbour's burst is no regression
-                row.record = self._timed(case, calls, dtype, shape, bytes_moved, flops, (seconds or self.seconds) * (1 + 2 * attempt))
+                row.record = self._timed(case, calls, dtype, shape, bytes_moved, flops, (seconds or self.seconds) * (1 + attempt))
                 row.failures = regression.failures(row.record, self.history, row.floor)
                 if not row.failures:
                     break
@@ -123,7 +125,10 @@ class Bench:
         return calls, absent
 
     def _timed(self, case, calls, dtype, shape, bytes_moved, flops, seconds) -> dict:
-        record = {**self.about, "case": case, "dtype": NAMES[dtype], "shape": list(shape or ()), "kind": self.device.type}
+        if dtype not in self.kernels:
+            self.kernels[dtype] = report(self.device, dtype)
+        record = {**self.about, "kernels": {row["kernel"]: row["implementation"] for row in self.kernels[dtype]}, "case": case,
+                  "dtype": NAMES[dtype], "shape": list(shape or ()), "kind": self.device.type}
         if self.device.type == "cuda":
             times = timing.cuda_times(calls, seconds)
             record |= {"clock": "device", "calibration_version": None}
@@ -148,4 +153,7 @@ class Bench:
         return record
 
     def table(self) -> list[str]:
-        return [HEADER, *(line for row in self.rows for line in row.lines())]
+        """What ran, then every case."""
+        lines = [f"{NAMES[dtype]} {row['kernel']}: {row['implementation']} ({row['reason']})"
+                 for dtype, rows in self.kernels.items() for row in rows]
+        return [*lines, HEADER, *(line for row in self.rows for line in row.lines())]

@@ -71,5 +71,7 @@ def attention_layer_case(case, shape, head_dim, dtype, device, measure, compiled
             competitors["diffusers"] = foreign.diffusers_attention(x, layer)
         reference = lambda: [definition(wide, wide_x)]     # noqa: E731
     passes = 3 if backward else 1
+    if backward and dtype is not torch.float32:
+        kwargs["tolerance"] = 2e-2                         # a chain of roundings, in the peers as in ours
     measure(case + ("_bwd" if backward else ""), competitors, reference=reference, dtype=dtype, shape=shape, grad=backward,
             flops=passes * B * H * W * T * (8 * C * C + 4 * T * C), **kwargs)

@@ -26,7 +26,7 @@ def calibration() -> Callable[[], object]:
     return run
 
 
-def cpu_times(competitors: Competitors, seconds: float, min_rounds: int = 5, max_rounds: int = 60) -> dict[str, dict]:
+def cpu_times(competitors: Competitors, seconds: float, min_rounds: int = 4, max_rounds: int = 60) -> dict[str, dict]:
     """Milliseconds a call of each competitor -> {name: {min_ms, median_ms, cpu_min_ms, cpu_median_ms, rounds}}.
 
     Each round calls everyone, beginning with another each time: what slows the machine for a while slows all alike.
@@ -94,12 +94,12 @@ def _peak_bytes(run: Callable) -> int:
 
 def _captured(run: Callable) -> Callable | None:
     """The call as a CUDA graph, or None if it cannot be captured (it waits for the device, or allocates where it must not)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
@@ -107,11 +107,14 @@ def _captured(run: Callable) -> Callable | None:
             out = run()
         graph.replay()
         torch.cuda.synchronize()
-    except Exception:                  # capture errors come as several types
+    except Exception:                  # capture errors come as several types, and may leave the capture's stream behind
+        torch.cuda.set_stream(current)
         torch.cuda.synchronize()
         return None
-    graph.kept_alive = out             # its memory belongs to the graph
-    return graph.replay
+
+    def replay(kept_alive=out):        # its memory belongs to the graph
+        graph.replay()
+    return replay
 
 
 def _runs_a_round(call: Callable, seconds: float) -> int:

@@ -125,7 +125,8 @@ class TestCorrectnessBeforeTime:
         competitors[who] = lambda: (calls.append(1), wrong(self.want.float()))[1]
         with pytest.raises(WrongResult, match=f"a: {who} is wrong, nothing was timed"):
             bench.measure("a", competitors, reference=self.want, dtype=torch.float32)
-        assert len(calls) == 1 and bench.rows == [] and results.read(bench.about["device"], tmp_path) == [] and len(bench.table()) == 1
+        assert len(calls) == 1 and bench.rows == [] and results.read(bench.about["device"], tmp_path) == []
+        assert len(bench.table()) == 1                     # its header
 
     def test_one_percent_is_seen_in_bf16(self):
         want = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -158,6 +159,26 @@ class TestCorrectnessBeforeTime:
         bench = Bench(torch.device("cpu"), seconds=0.01, folder=tmp_path)
         self.measure(bench, lambda: self.want.float())
         assert list(tmp_path.iterdir()) == []
+
+
+class TestGraphics:
+    """What is made of device times; the clock itself needs a GPU."""
+
+    def test_rates_and_the_share_of_the_roofline(self, bench, monkeypatch):
+        times = {"p20_ms": 0.9, "p50_ms": 1.0, "p80_ms": 1.1, "runs": 40, "graph": True, "peak_bytes": 2**20}
+        monkeypatch.setattr("benchmarks.timing.cuda_times", lambda calls, seconds: {
+            name: times | {"p50_ms": 1.0 if name == "ours" else 3.0} for name in calls})
+        monkeypatch.setattr("benchmarks.harness.report", lambda device, dtype: [])
+        bench.device = torch.device("cuda")
+        bench.about["gpu"] = "NVIDIA H200"
+        want = torch.ones(4)
+        row = bench.measure("a", {"ours": lambda: want.bfloat16(), "peer": lambda: want.bfloat16()}, reference=want, dtype=torch.bfloat16,
+                            bytes_moved=2.15e9, flops=79e9, goal={"roofline": 0.8, "peer": 2.0}, floor={"roofline": 0.4})
+        record = row.record
+        assert record["gb_per_s"] == pytest.approx(2150) and record["tflop_per_s"] == pytest.approx(79)
+        assert record["bound_ms"] == pytest.approx(0.5) and record["roofline_share"] == pytest.approx(0.5)       # memory's
+        text = "\n".join(bench.table())
+        assert "peak 1 MiB, graph" in text and "3.00x" in text and "below goal" in text and not row.failures
 
 
 class TestNames:
