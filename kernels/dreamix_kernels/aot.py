@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not there, and say what each takes: registers, shared memory, spills.
 
-    python -m dreamix_kernels.aot [--arch 80 90] [--json FILE]
+    python -m dreamix_kernels.aot [--arch 80 90] [--op temporal_conv] [--json FILE]
 
 Exit code 1 if a kernel spills registers to memory or wants more shared memory than the part has. Each module <op>_triton lists, in `aot_cases`, the
 configurations its launchers pick at the cascade's shapes.
@@ -8,10 +8,13 @@ configurations its launchers pick at the cascade's shapes.
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -68,8 +71,13 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def cases(ops: list[str] | None = None) -> list[Case]:
-    return [case for op in ops or TRITON_OPS for case in import_module(f"dreamix_kernels.{op}_triton").aot_cases()]
+def cases(op: str) -> list[Case]:
+    """What the op's launchers compile at the cascade's shapes."""
+    return list(import_module(f"dreamix_kernels.{op}_triton").aot_cases())
+
+
+def _row(op: str, index: int, arch: int) -> dict:
+    return compile_case(cases(op)[index], arch)            # by number: a @triton.jit function does not travel between processes
 
 
 def problem(row: dict) -> str | None:
@@ -89,10 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON lines")
     args = parser.parse_args(argv)
     rows = []
+    work = [(op, i, arch) for op in args.op or TRITON_OPS for i, case in enumerate(cases(op)) for arch in args.arch if arch in case.archs]
     print(f"{'kernel':<72} {'arch':<6} {'regs':>5} {'spill B':>8} {'shared B':>9} {'dot':<9} warps stages")
-    for case in cases(args.op):
-        for arch in (a for a in args.arch if a in case.archs):
-            row = compile_case(case, arch)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_row, *zip(*work), chunksize=4):
             rows.append(row)
             print(f"{row['kernel']:<72} {row['arch']:<6} {row['registers']:>5} {row['spill_bytes']:>8} {row['shared_bytes']:>9} {row['dot']:<9} "
                   f"{row.get('num_warps', ''):>5} {row.get('num_stages', ''):>6}  {problem(row) or ''}", flush=True)

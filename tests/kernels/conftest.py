@@ -64,3 +64,26 @@ def poisoned(monkeypatch):
 def triton(monkeypatch):
     """The doors take their Triton path, on the GPU or in the interpreter, and raise where they cannot."""
     monkeypatch.setenv("DREAMIX_KERNELS", "triton")
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch, device):
+    """The interpreter cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too."""
+    if device.type == "cuda":
+        return
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    import numpy
+    import triton.language as tl
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            near = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+            return interpreter.TensorHandle(near, tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)

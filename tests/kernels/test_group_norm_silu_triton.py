@@ -17,26 +17,6 @@ CASES = [(1, 5, 1, 1, True), (3, 1, 8, 2, True), (2, 39, 3, 1, False), (1, 35, 3
          (1, 20, 384, 16, True), (1, 6, 1024, 32, False)]
 
 
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch, device):
-    """The interpreter cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too."""
-    if device.type == "cuda":
-        return
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, src, dst_type):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            near = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
-            return interpreter.TensorHandle(near, tl.bfloat16)
-        return cast(self, src, dst_type)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
-
-
 def op(x, groups, weight, bias, scale, shift):
     return gn.group_norm_silu(x, groups, weight, bias, scale, shift, EPS, None)
 
