@@ -49,10 +49,22 @@ def test_attention_is_exact_without_gradients(shape, dtype, randn, poisoned):
 
 
 def test_attention_survives_large_scores(randn):
-    q, k, v = randn(1, 9, 1, 2, 3, 2, 8).unbind(4)
+    qkv = randn(1, 9, 1, 2, 3, 2, 8)
+    qkv[:, :, :, :, 0] *= 1e4
+    q, k, v = qkv.unbind(4)
+    assert native.can_attend(q, k, v)
     with torch.no_grad():
-        out = temporal_attention(q * 1e4, k, v, torch.zeros(2, 9, 9))
-    assert torch.allclose(out, attend(q.double() * 1e4, k.double(), v.double(), torch.zeros(2, 9, 9).double()).float(), atol=1e-4)
+        out = temporal_attention(q, k, v, torch.zeros(2, 9, 9))
+    assert torch.allclose(out, attend(q.double(), k.double(), v.double(), torch.zeros(2, 9, 9).double()).float(), atol=1e-4)
+
+
+def test_heads_may_lie_anywhere(randn):
+    heads_first = randn(3, 2, 4, 2, 5, 3, 8)                                # [heads, B, T, H, W, 3, d]
+    q, k, v = heads_first.permute(1, 2, 3, 4, 5, 0, 6).unbind(4)
+    bias = randn(q.shape[4], q.shape[1], q.shape[1])
+    assert native.can_attend(q, k, v) and q.stride(4) != q.shape[5]
+    with torch.no_grad():
+        assert torch.equal(temporal_attention(q, k, v, bias), temporal_attention(*(x.contiguous() for x in (q, k, v)), bias))
 
 
 def test_a_nan_stays_in_its_pixel(randn):
@@ -90,6 +102,17 @@ def test_the_norm_takes_statistics_from_outside(C, groups, dtype, randn, poisone
         assert torch.allclose(own.float(), given.float(), atol=16 * torch.finfo(dtype).eps, rtol=0)
         doubled = group_norm_silu(x, groups, weight, bias, stats=stats * torch.tensor([1.0, 4.0]))
         assert C == 1 or not torch.allclose(doubled.float(), own.float(), atol=0.05)
+
+
+def test_bf16_is_fp32_rounded_once(randn):
+    """The arithmetic is the same; only loads and stores differ."""
+    x, weight, bias = randn(2, 5, 7, 24, dtype=torch.bfloat16), randn(24, dtype=torch.bfloat16), randn(24, dtype=torch.bfloat16)
+    q, k, v = randn(1, 16, 2, 3, 3, 2, 32, dtype=torch.bfloat16).unbind(4)
+    table = randn(2, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(group_norm_silu(x, 8, weight, bias), group_norm_silu(x.float(), 8, weight.float(), bias.float()).bfloat16())
+        qkv = torch.stack([q, k, v], 4).float().unbind(4)
+        assert torch.equal(temporal_attention(q, k, v, table), temporal_attention(*qkv, table).bfloat16())
 
 
 def norm_once():
