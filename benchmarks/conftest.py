@@ -26,10 +26,20 @@ def _bench(config) -> Bench:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False       # fp32 means fp32, for everyone
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
-        command = threads + " ".join(["pytest", *(str(arg) for arg in config.invocation_params.args)])
+        command = threads + " ".join(["pytest", *_plain_arguments(config.invocation_params.args)])
         config.stash[BENCH] = Bench(device, record=config.getoption("--record"), seconds=config.getoption("--seconds"), command=command,
                                     folder=config.getoption("--results"))
     return config.stash[BENCH]
+
+
+def _plain_arguments(arguments) -> list[str]:
+    """The command as it is stored: without the folder of the results and pytest's own cache, which are this machine's."""
+    kept, skip = [], False
+    for argument in map(str, arguments):
+        if not skip and not argument.startswith("--results=") and argument not in ("--results", "-p"):
+            kept.append(argument)
+        skip = argument in ("--results", "-p")
+    return kept
 
 
 @pytest.fixture(scope="session")

@@ -90,5 +90,12 @@ def append(record: dict, folder: Path = FOLDER) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['device']}.jsonl"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(rounded(record)) + "\n")
     return path
+
+
+def rounded(value):
+    """Floats to five digits: more is noise, and a longer file."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
