@@ -6,6 +6,7 @@ independent frames is a copy (v to o, do to dv), its q and k are not read. The b
 over the slots: always in one order.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ def supported(T: int, d: int, dtype: torch.dtype) -> bool:
     return 1 <= T <= 128 and d in (32, 64, 128) and dtype in DTYPES
 
 
+@cache
 def config(kernel: str, T: int, d: int, dtype: torch.dtype) -> Tile | None:
     """The tile of `forward`, `backward` or `backward_keys`; None where there is no need of the last: `backward` makes dk and dv itself.
 

@@ -222,7 +222,7 @@ def backward_keys(q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, do_ptr, dk_ptr, dv_pt
         grad_rows += _rows(k0, grad_t, grad_p, GRAD_UNIT, 1, KEYS, WIDE)
         inside, inside_k = _inside(0, T, 1, 1, QUERIES), _inside(k0, T, 1, 1, KEYS)
         at = ((b * P + p0) * heads + head) * T + tl.arange(0, QUERIES)[:, None]
-        lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))         # queries of the padding weigh nothing
+        lse = tl.load(lse_ptr + at, mask=inside, other=0.0)                  # queries of the padding add nothing: their do is zero
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         p = tl.exp(_scores(q_ptr + rows, k_ptr + rows_k, bias_ptr + head * T * T, inside, inside_k, 0, k0, T,
                            1, QUERIES, KEYS, D, CHUNK) - lse)
