@@ -64,6 +64,7 @@ setup(
         "ui": ["gradio"],
         "provenance": ["c2pa-python>=0.38"],
         "report": ["tensorboard"],
+        "bench": ["diffusers>=0.35", "imagen-pytorch>=2", "einops"],       # rivals in the benchmarks
     },
     entry_points={"console_scripts": ["dreamix=engine.infer:main"]},
 )

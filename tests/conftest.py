@@ -111,3 +111,9 @@ def film():
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The GPU where there is one; else the CPU, where Triton's interpreter runs the same kernels."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

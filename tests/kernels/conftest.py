@@ -32,12 +32,6 @@ def assert_matches():
     return check
 
 
-@pytest.fixture(scope="session")
-def device():
-    """The GPU where there is one; else the CPU, where Triton's interpreter runs the same kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture
 def randn():
     """Normal numbers from a seed that counts up."""
