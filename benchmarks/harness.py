@@ -15,6 +15,7 @@ from dreamix_kernels.dispatch import report
 # root mean square of the error, over that of the reference; the largest error may be LARGEST times as much of the largest value
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LARGEST = 8
+DISTURBED = 0.75                       # several threads that take more than this of one thread's time do not have the cores to themselves
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 KNOWN_ROOFLINES = {"NVIDIA H200": (4.3e12, 790e12)}        # bytes/s copied and bf16 FLOP/s multiplied, measured on such a card
 
@@ -77,6 +78,7 @@ class Bench:
         self.about = results.about(device, command)
         self.history = results.read(self.about["device"], folder)
         self.rows: list[Row] = []
+        self._one_thread: float | None = None
         self.kernels: dict[torch.dtype, list[dict]] = {}   # which implementation of each op runs here, and why: what "ours" stands for
 
     def measure(self, case: str, competitors: dict, *, reference, dtype: torch.dtype, shape=None, tolerance: float | None = None,
@@ -86,6 +88,7 @@ class Bench:
 
         reference: the right result (a tensor, or output and gradients), or a callable that computes it; floor and goal: name -> least
         ratio of the peer's time to ours ("roofline": of the bound's time to ours). Below a floor the case fails; a goal is only shown.
+        On a CPU whose cores others use, several threads mostly wait for each other: such a case is shown, neither judged nor stored.
         Raises: WrongResult before anything is timed; whatever ours raises. A peer that raises is absent, with its reason.
         """
         with torch.set_grad_enabled(grad):
@@ -97,7 +100,9 @@ class Bench:
                 if not row.failures:
                     break
         self.rows.append(row)
-        if self.save:
+        if row.record["disturbed"]:
+            row.failures = []
+        elif self.save:
             results.append(row.record, self.folder)
         return row
 
@@ -131,7 +136,7 @@ class Bench:
                   "dtype": NAMES[dtype], "shape": list(shape or ()), "kind": self.device.type}
         if self.device.type == "cuda":
             times = timing.cuda_times(calls, seconds)
-            record |= {"clock": "device", "calibration_version": None}
+            record |= {"clock": "device", "calibration_version": None, "disturbed": False}
             key = KEYS["device"]
         else:
             times = timing.cpu_times({**calls, "calibration": timing.calibration()}, seconds)
@@ -140,6 +145,7 @@ class Bench:
             key = KEYS[clock]
             record |= {"clock": clock, "calibration_version": timing.CALIBRATION_VERSION,
                        "calibration_ms": times.pop("calibration")[key]}
+            record["disturbed"] = clock == "wall" and record["calibration_ms"] > DISTURBED * self._one_thread_ms()
         ours = times["ours"][key]
         record |= {"ours_ms": ours, "ratios": {name: t[key] / ours for name, t in times.items() if name != "ours"}, "times": times}
         if bytes_moved:
@@ -151,6 +157,17 @@ class Bench:
             record["bound_ms"] = max((bytes_moved or 0) / bandwidth, (flops or 0) / rate) * 1e3
             record["roofline_share"] = record["bound_ms"] / ours
         return record
+
+    def _one_thread_ms(self) -> float:
+        """Process time of the calibration on one thread, which neighbours hardly change."""
+        if self._one_thread is None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                self._one_thread = timing.cpu_times({"calibration": timing.calibration()}, 0.2)["calibration"]["cpu_min_ms"]
+            finally:
+                torch.set_num_threads(threads)
+        return self._one_thread
 
     def table(self) -> list[str]:
         """What ran, then every case."""

@@ -35,6 +35,8 @@ class Row:
             floor, goal = (f"{judged[name][1]:.2f}" if name in judged else "-" for judged in (floors, goals))
             lines.append(f"{'':<44} {name:<26} {ms:>9} {got:>6.2f}x {floor:>6} {goal:>6}  {verdict}".rstrip())
         lines += [f"{'':<44} {name:<26} absent: {reason}" for name, reason in self.absent.items()]
+        if record["disturbed"]:
+            lines.append(f"{'':<44} not judged: others use the cores (OMP_NUM_THREADS=1 measures process time, which bears that)")
         return lines + [f"{'':<44} FAILED: {failure}" for failure in self.failures]
 
 
