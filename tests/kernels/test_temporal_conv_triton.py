@@ -11,20 +11,26 @@ from dreamix_kernels import temporal_conv_triton as tconv  # noqa: E402
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 # B, T, P, C, groups: no neighbour, one, some; blocks of pixels and of channels that are filled and not; several blocks of pixels
-ROLLING = [(1, 1, 3, 8, 2), (2, 2, 131, 32, 2), (1, 16, 5, 32, 2), (1, 17, 9, 48, 1), (1, 3, 66, 64, 4), (2, 3, 67, 96, 2),
+ROLLING = [(1, 1, 3, 8, 2), (2, 2, 131, 32, 2), (1, 16, 5, 32, 1), (1, 17, 9, 48, 1), (1, 3, 66, 64, 2), (2, 3, 67, 96, 2),
            (1, 2, 65, 128, 4)]
 PER_TAP = [(1, 1, 6, 192, 6), (2, 3, 5, 256, 2), (1, 2, 130, 136, 1)]
-WIDE = [(2, 3, 67, 264, 2), (1, 2, 5, 384, 3)]
-CASES = [(shape, dtype) for shape in ROLLING + PER_TAP + WIDE for dtype in DTYPES if dtype != torch.float16 or shape[3] < 97]
-FORMS = [(2, 4, 66, 32, 4), (2, 4, 9, 136, 2), (2, 4, 9, 264, 2)]                     # one of each, B = 2
+WIDE = [(2, 3, 67, 264, 2), (1, 2, 5, 384, 3)]                                        # above C = 32 in fp32
+CASES = [(shape, torch.bfloat16) for shape in ROLLING + PER_TAP + WIDE]
+CASES += [(shape, torch.float32) for shape in ROLLING[:4] + ROLLING[5:6] + PER_TAP[1:2]]
+CASES += [(shape, torch.float16) for shape in ROLLING[1:4] + PER_TAP[2:]]
+FORMS = [(2, 3, 66, 32, 4), (2, 3, 9, 136, 2), (2, 3, 9, 264, 2)]                     # one of each, B = 2
+DTYPED_FORMS = [*((shape, torch.bfloat16) for shape in FORMS), (FORMS[0], torch.float32), ((2, 3, 9, 40, 2), torch.float32)]
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch, device):
-    """It cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too. And it prepares triton.language for every function
-    that a kernel calls, at every call, which is most of its time: the kernel's own preparation will do, and one of Triton's own modules."""
+    """It cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too. And most of its time goes into preparing
+    triton.language for every function that a kernel calls, at every call (the kernel's own preparation will do, and one of each of Triton's
+    modules), and into looking for integers that overflow (these are small)."""
     if device.type == "cuda":
         return
+    import dataclasses
+
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter
@@ -48,6 +54,8 @@ def interpreter(monkeypatch, device):
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
 
 
 def make(randn, device, shape, dtype=torch.float32, mask=None):
@@ -80,8 +88,7 @@ def test_matches_reference(shape, dtype, randn, device, assert_matches, poisoned
     assert_matches(output, tconv.reference, make(randn, device, shape, dtype, None if shape[0] == 1 else [False, True]), floor=4.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", FORMS, ids=str)
+@pytest.mark.parametrize("shape, dtype", DTYPED_FORMS, ids=str)
 def test_masked_samples_pass_by(shape, dtype, randn, device, poisoned):
     """To the bit: x is the output, dy the gradient, nothing of theirs in a parameter's; and the video beside knows nothing of them."""
     args = make(randn, device, shape, dtype, [False, True])
@@ -106,7 +113,7 @@ def test_a_batch_of_images_gives_zero_gradients(shape, randn, device, poisoned):
 
 
 @pytest.mark.parametrize("mask", [None, [False, True]], ids=str)
-@pytest.mark.parametrize("shape, dtype", [(s, d) for s in FORMS for d in DTYPES if d != torch.float16], ids=str)
+@pytest.mark.parametrize("shape, dtype", DTYPED_FORMS, ids=str)
 def test_statistics_of_the_output(shape, dtype, mask, randn, device, poisoned):
     """Of what is stored, rounding included, in fp64."""
     args = make(randn, device, shape, dtype, mask)
@@ -127,8 +134,7 @@ def test_given_statistics_are_used_and_equal_computed_ones(shape, randn, device)
     assert not torch.equal(op(*args, stats=stats * 2)[0], output(*args))
 
 
-@pytest.mark.parametrize("next_groups", [None, 2], ids=["", "statistics"])
-@pytest.mark.parametrize("mask", [None, [False, True]], ids=str)
+@pytest.mark.parametrize("mask, next_groups", [(None, None), ([False, True], None), ([False, True], 2)], ids=str)
 @pytest.mark.parametrize("shape", FORMS, ids=str)
 def test_in_place(shape, mask, next_groups, randn, device):
     """The same bits in x's memory; 128 < C <= 256 reads other programs' frames and takes new memory."""
@@ -157,11 +163,10 @@ def test_in_place_with_a_gradient_leaves_x_alone(randn, device):
     assert y.data_ptr() != args[0].data_ptr() and torch.equal(args[0], before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("shape", [(2, 6, 5, 32, 1), (2, 6, 5, 136, 1), (2, 6, 5, 264, 1)], ids=str)
+@pytest.mark.parametrize("shape, dtype", DTYPED_FORMS, ids=str)
 def test_reach(shape, dtype, randn, device):
     """A video's frame reaches the two beside it and no other, by one bit; an image reaches nothing."""
-    args = make(randn, device, shape, dtype, [False, True])
+    args = make(randn, device, (2, 6, 5, shape[3], 1), dtype, [False, True])
     y = output(*args)
     for b, t in ((0, 2), (0, 0), (0, 5), (1, 2)):
         x = args[0].clone()
@@ -182,8 +187,7 @@ def test_nan_stays_where_it_is(shape, randn, device):
     assert torch.equal(dirty[1].nan_to_num(), args[0][1].nan_to_num()) and dirty[1].isnan().sum() == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", FORMS, ids=str)
+@pytest.mark.parametrize("shape, dtype", DTYPED_FORMS, ids=str)
 def test_a_new_layer_is_the_identity(shape, dtype, randn, device):
     """Zero weights, as the model starts: to the bit."""
     args = make(randn, device, shape, dtype)
@@ -205,7 +209,7 @@ def test_same_bits_twice(shape, randn, device):
 @pytest.mark.parametrize("programs", [1, 5])
 def test_weight_gradient_in_any_number_of_shares(programs, randn, device, monkeypatch):
     """Real sizes have many blocks of pixels and frames per program; small ones one."""
-    args = make(randn, device, (2, 5, 150, 32, 1), torch.float32, [False, True])
+    args = make(randn, device, (2, 3, 150, 32, 1), torch.float32, [False, True])
     dy = randn(*args[0].shape, device=device)
     want = gradients(args, dy)["weight"]
     monkeypatch.setattr(tconv, "PROGRAMS_PER_SAMPLE", programs)
@@ -223,7 +227,7 @@ def test_only_what_is_asked_for(randn, device):
         assert not stats.requires_grad
 
 
-@pytest.mark.parametrize("shape", FORMS, ids=str)
+@pytest.mark.parametrize("shape", FORMS[::2], ids=str)
 def test_fp32_parameters_of_a_bf16_tensor(shape, randn, device):
     args = make(randn, device, shape, torch.bfloat16)
     wide = [args[0], args[1], *(a.float() for a in args[2:6]), None]
