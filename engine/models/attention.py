@@ -78,6 +78,7 @@ class TemporalConv(nn.Module):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor, independent_frames: Tensor | None = None, stats: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, independent_frames: Tensor | None = None, stats: Tensor | None = None,
+                inplace: bool = False) -> tuple[Tensor, Tensor | None]:
         return temporal_conv_block(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias,
-                                   independent_frames, stats=stats, next_groups=self.norm.num_groups)
+                                   independent_frames, stats=stats, next_groups=self.norm.num_groups, inplace=inplace)

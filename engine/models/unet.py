@@ -37,7 +37,9 @@ class Block(nn.Module):
         x, stats = self.res(x, emb, stats, want_stats=conv and self.attention is None)
         if self.attention is not None:
             x = self.attention(x, text, text_mask)
-        return self.temporal(x, independent_frames, stats) if conv else (self.temporal(x, independent_frames), None)
+        if conv:                      # x is nobody else's: where no gradient needs it, bypassed samples need not be copied
+            return self.temporal(x, independent_frames, stats, inplace=not torch.is_grad_enabled())
+        return self.temporal(x, independent_frames), None
 
 
 class VideoUNet(nn.Module):
