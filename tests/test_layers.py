@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["dreamix_kernels", "engine engine.errors engine.strict_yaml engine.paths engine.config engine.config_io"],
     ["engine.media", "engine.diffusion", "engine.models", "engine.runtime", "engine.sprites"],
-    ["engine.cascade engine.cascade_folder engine.cascade_plan"],
+    ["engine.cascade engine.cascade_folder engine.cascade_plan engine.finetune_plan"],
     ["engine.dreamix engine.outputs"],
     ["engine.training"],
     ["engine.infer", "engine.finetune", "engine.pretrain", "engine.convert"],
