@@ -201,3 +201,64 @@ class PretrainConfig(Strict):
     seed: int = Field(0, ge=0)
     save_every: int = Field(100, gt=0)
     dtype: Literal["fp32", "bf16"] = "bf16"                     # of the pass; master weights are fp32
+
+
+class FinetuneConfig(Strict):
+    """How one clip or a handful of pictures is learned (Sec. 4.2). Defaults: the paper's mixed setting (App. A.3, B)."""
+
+    alpha: float = Field(0.35, ge=0, le=1)                      # weight of the video loss, Eq. 4: 1 is the clip alone, 0 its frames alone
+    steps: int = Field(300, gt=0)                               # optimizer steps of each stage; paper: 64 at alpha 1, 50 to 150 at 0
+    stage_steps: dict[str, int] = Field(default_factory=dict)   # overrides a stage's steps
+    lr: float = Field(6e-6, gt=0)                               # constant
+    stage_lr: dict[str, float] = Field(default_factory=dict)    # overrides a stage's rate
+    stages: tuple[Literal["base", "ssr1", "ssr2"], ...] = ("base", "ssr1", "ssr2")   # the other four stay as pretrained (App. A.2)
+    rare_token: str = Field("sks", min_length=1)                # t*, the whole prompt of finetuning
+    loss_space: Literal["x", "v", "eps"] = "x"                  # Eq. 1 to 3 are errors of the clean video
+    draws: int = Field(1, gt=0)                                 # times and noises per step of each loss, averaged
+    sample_one: bool = False                                    # each step runs one of the two losses, the video with probability alpha
+    temporal_learns_from_frames: bool = True                    # the text of Sec. 4.2; False is the caption of Fig. 3
+    aug_level_max: float = Field(1.0, ge=0, le=1)               # conditioning noise of ssr1 and ssr2 is drawn up to this (Imagen)
+    optimizer: Literal["adamw", "adamw8bit", "fused"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)                      # with it, weights that a loss leaves unused would shrink
+    clip: float = Field(1.0, gt=0)                              # gradient norm
+    accumulate: int = Field(1, gt=0)                            # passes that a rank's share of a step is cut into: less memory, same sum
+    gradient_checkpointing: bool = False                        # blocks are computed again in the backward pass
+    activation_offload: bool = False                            # what the backward pass needs waits in pinned host memory
+    master: Literal["fp32", "stochastic"] = "fp32"              # of 16-bit weights: an fp32 copy, or stochastic rounding without one
+    in_backward: bool = False                                   # gradients are applied one by one and never held together
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"             # of the pass; auto: bf16 where the hardware has it
+    device: str = "auto"
+    seed: int = Field(0, ge=0)
+    fit: Literal["crop", "pad", "stretch"] = "crop"             # how the input meets the cascade's aspect
+    start: float = Field(0.0, ge=0)                             # seconds into the input
+    save_every: int = Field(50, gt=0)
+    keep: int = Field(2, ge=2)                                  # checkpoints of a stage; with one alone, a damaged one would end the run
+    preview_every: int = Field(0, ge=0)                         # steps between pictures of the reconstruction; 0: none
+    preview_prompt: str | None = None                           # also of an edit with this prompt
+    preview_steps: int = Field(16, gt=0)                        # sampling steps of a preview, at most the stage's own
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    lora_rank: int = Field(0, ge=0)                             # 0: the product holds whole weights, else differences of this rank
+
+    def steps_of(self, stage: str) -> int:
+        return self.stage_steps.get(stage, self.steps)
+
+    def lr_of(self, stage: str) -> float:
+        return self.stage_lr.get(stage, self.lr)
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages: want at least one of base ssr1 ssr2, each once, got {' '.join(self.stages) or 'none'}")
+        for field in ("stage_steps", "stage_lr"):
+            for name, value in getattr(self, field).items():
+                if name not in ("base", "ssr1", "ssr2"):
+                    raise ValueError(f"{field}: want stages base ssr1 ssr2, got {name}")
+                if value <= 0:
+                    raise ValueError(f"{field}.{name}: want more than 0, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: want two numbers in [0, 1), got {[*self.betas]}")
+        if self.in_backward and self.accumulate > 1:
+            raise ValueError(f"in_backward: want accumulate 1, since no gradient is left to add to, got {self.accumulate}")
+        return self
