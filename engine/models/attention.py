@@ -7,6 +7,7 @@ from dreamix_kernels import spatial_attention, temporal_attention_packed, tempor
 from dreamix_kernels.temporal_attention import wants_sequences
 
 from .embeddings import RelativePositionBias
+from .norm import LayerNorm
 from .resblock import residual
 
 
@@ -19,7 +20,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, context: int):
         super().__init__()
         self.num_heads = channels // head_dim
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.text_to_kv = nn.Linear(context, 2 * channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
@@ -43,7 +44,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, max_frames: int):
         super().__init__()
         self.num_heads = channels // head_dim
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
         self.position_bias = RelativePositionBias(self.num_heads, max_frames)

@@ -13,6 +13,7 @@ from engine.config import UNetConfig
 
 from .attention import SpatialAttention, TemporalAttention, TemporalConv
 from .embeddings import FrameIndex, TimeEmbedding, coordinate_maps
+from .norm import LayerNorm
 from .resblock import Downsample, ResBlock, Upsample, conv2d, depth_to_space, group_norm_silu, space_to_depth
 
 COORDINATE_CHANNELS = 10
@@ -62,7 +63,7 @@ class VideoUNet(nn.Module):
         self.pooled_text = nn.Linear(config.text_dim, emb)
         self.frame_index = FrameIndex(config.text_dim, emb) if config.frame_index else None
         self.text_tokens = nn.Linear(config.text_dim, config.context_dim) if config.attention_levels else None
-        self.text_norm = nn.LayerNorm(config.context_dim) if config.attention_levels else None
+        self.text_norm = LayerNorm(config.context_dim) if config.attention_levels else None
 
         c_in = (6 if config.lowres else 3) * s2 + (COORDINATE_CHANNELS if config.coordinates else 0)
         self.stem = nn.Conv2d(c_in, config.channels, 3, padding=1)
