@@ -259,8 +259,9 @@ def aot_cases() -> list[Case]:
         found.append(Case(f"tconv {name} {TYPES[dtype]}", kernel, arguments, constants, options))
 
     plain = ("gain_ptr", "offset_ptr", "bias_ptr", "partials_ptr")
+    widths = {torch.float32: (32, 512), torch.bfloat16: (32, 64, 128, 192, 256, 512), torch.float16: (128, 256, 512)}
     for dtype in DTYPES:
-        for C in (32, 512) if dtype == torch.float32 else (32, 64, 128, 192, 256, 512):
+        for C in widths[dtype]:
             precisions = ("ieee", "tf32") if dtype == torch.float32 else ("ieee",)
             for precision in precisions:
                 common = {"C": C, "PRECISION": precision}
