@@ -7,11 +7,11 @@ from unittest import mock
 
 import torch
 
-from engine.config import CascadeConfig, StageConfig
+from engine.config import CascadeConfig, FinetuneConfig, StageConfig
 from engine.diffusion.loss import diffusion_loss
 from engine.diffusion.schedule import COSINE, add_noise
 from engine.errors import OutOfMemory
-from engine.models.unet import Block, VideoUNet
+from engine.models.unet import VideoUNet
 from engine.runtime import stand_ins
 from engine.runtime.memory import CARDS, GB, WORLDS, Need, Pass, Policy, best, fits, ladder, need, refuse
 from engine.runtime.roofline import Meter, Offloaded
@@ -44,7 +44,8 @@ def _ops_of(device: str):
 
 
 @functools.lru_cache(256)
-def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, device: str, recompute: bool, offload: bool) -> Pass:
+def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, device: str, recompute: bool, offload: bool,
+         in_backward: int = 0) -> Pass:
     where = "meta" if device == "cuda" else "cpu"
     with _ops_of(device), torch.device(where):
         network = VideoUNet(stage.unet).to(dtype)
@@ -56,8 +57,18 @@ def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, 
         meter = Meter()
         meter.hold([*parameters, video, text, text_mask])
 
+        applying = False
+
         def complete(p):
-            meter.set_aside(p.grad)
+            if not in_backward:
+                meter.set_aside(p.grad)
+            elif applying:
+                beside = [torch.empty_like(p, dtype=torch.float32) for _ in range(in_backward)]
+                p.grad = None
+                del beside
+            else:
+                p.grad.float().norm()
+                p.grad = None
 
         for p in parameters:
             p.register_post_accumulate_grad_hook(complete)
@@ -71,25 +82,37 @@ def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, 
             activations = meter.alive - before
             loss = diffusion_loss(output, video, eps, time, COSINE, weights=time.new_ones(len(video)))
             del output
-            loss.backward()
-        blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, Block)]
-        return Pass(sum(p.numel() for p in parameters), max(p.numel() for p in parameters), max(blocks), activations, meter.peak,
-                    meter.peak_with_aside, hooks.bytes if offload else 0, meter.flops, meter.moved, meter.seconds)
+            loss.backward(retain_graph=in_backward > 0)
+            applying = True
+            if in_backward:
+                loss.backward()
+        return Pass(sum(p.numel() for p in parameters), max(p.numel() for p in parameters), activations, meter.peak, meter.peak_with_aside,
+                    hooks.bytes if offload else 0, meter.flops, meter.moved, meter.seconds)
 
 
 STAGES = ("base", "ssr1", "ssr2")
 
 
-def measure(stage: StageConfig, policy: Policy, world: int, *, kinds: tuple[bool, ...] = (False, True), on_cpu: bool = False) -> Need:
-    """What a rank needs that has its share of a step's units, `kinds` (True: a set of independent frames)."""
-    units = kinds[: -(-len(kinds) // world)] if policy.zero3 else kinds
+def kinds_of(config: FinetuneConfig) -> tuple[bool, ...]:
+    """The units of a step, True for a set of independent frames; with `sample_one` the dearer kind."""
+    if config.sample_one:
+        return (config.alpha == 0,) * config.draws
+    return ((False,) * (config.alpha > 0) + (True,) * (config.alpha < 1)) * config.draws
+
+
+def measure(stage: StageConfig, policy: Policy, world: int, *, kinds: tuple[bool, ...] = (False, True), accumulate: int = 1,
+            on_cpu: bool = False) -> Need:
+    """What the first rank needs for its share of a step's units, `kinds`, in `accumulate` passes."""
+    units = kinds[::world]
+    passes = min(accumulate, len(units))
     dtype = torch.bfloat16 if policy.dtype == "bf16" else torch.float32
-    cost = walk(stage, units, dtype, "cpu" if on_cpu else "cuda", policy.gradient_checkpointing, policy.activation_offload)
-    return need(cost, policy, world, on_cpu=on_cpu)
+    cost = walk(stage, units[: -(-len(units) // passes)], dtype, "cpu" if on_cpu else "cuda", policy.gradient_checkpointing,
+                policy.activation_offload and not on_cpu, policy.step_tensors if policy.in_backward else 0)
+    return need(cost, policy, world, on_cpu=on_cpu, passes=passes)
 
 
 def plan(cascade: CascadeConfig, stages=STAGES, *, world: int = 1, gpu_bytes: int | None = None, host_bytes: int | None = None,
-         policy: Policy | None = None, kinds: tuple[bool, ...] = (False, True)) -> list[dict]:
+         policy: Policy | None = None, kinds: tuple[bool, ...] = (False, True), accumulate: int = 1) -> list[dict]:
     """One record a stage: what its step needs on each of `world` ranks, and whether the machine has it.
 
     gpu_bytes: of one card; None: the run is on the CPU. host_bytes: of the machine, None: not asked. policy None: the best that fits, or
@@ -100,7 +123,7 @@ def plan(cascade: CascadeConfig, stages=STAGES, *, world: int = 1, gpu_bytes: in
     records = []
     for name in stages:
         stage = cascade.stage(name)
-        asked = functools.partial(measure, stage, kinds=kinds, on_cpu=gpu_bytes is None)
+        asked = functools.partial(measure, stage, kinds=kinds, accumulate=accumulate, on_cpu=gpu_bytes is None)
         chosen = policy
         if chosen is None:
             found = best(asked, world, gpu_bytes, host_bytes)

@@ -2,13 +2,15 @@
 
 State bytes per parameter, bf16 passes: weights 2, gradients 2, fp32 master 4, moments 8 (fp32) or 2 (8-bit).
     fp32 Adam 16 | 8-bit Adam and master 10 | in backward, gradients never together, 8 | the same, no master, weights rounded at random 4
-Below, P is the number of parameters; what a pass costs is a `Pass`, from a walk over the network without memory.
+Under ZeRO-3 gradients are summed in fp32 (two bytes more) and all of it is divided by the ranks; a layer's whole weights exist while it
+runs. Below, P is the number of parameters; what a pass costs is a `Pass`, from a walk over the network without memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from engine.config import FinetuneConfig
 from engine.errors import OutOfMemory
 
 from .roofline import H200, Card
@@ -17,9 +19,7 @@ GB = 10**9
 WORLDS, CARDS = (1, 2, 4, 8), (24 * GB, 48 * GB, 80 * GB, 141 * GB)
 GPU_RESERVE = 1_000_000_000            # estimate: the CUDA context, workspaces of cuDNN and cuBLAS, the allocator's gaps
 MOMENT_BYTES = {"adamw": 8.0, "fused": 8.0, "adamw8bit": 2 + 8 / 256}      # 8-bit moments: two scales of 4 bytes per block of 256
-STEP_TENSORS = 3                       # fp32 copies of one parameter while it is stepped: gradient, denominator, update
-PREFETCH, REDUCE, SUBGROUP = 50_000_000, 500_000_000, 1_000_000_000        # numbers: DeepSpeed's defaults
-DISK_STAGING = 16 * GB                 # estimate: pinned host memory through which optimizer state goes to disk and back, per rank
+DISK_STAGING = 16 * GB                 # estimate: pinned host memory through which state goes to disk and back, per rank
 
 
 class Pass(NamedTuple):
@@ -27,7 +27,6 @@ class Pass(NamedTuple):
 
     parameters: int               # numbers
     largest_parameter: int        # numbers
-    largest_block: int            # numbers
     activations: int              # kept from forward to backward
     peak: int                     # alive at once, gradients counted until each is complete
     peak_with_gradients: int      # alive at once, with all gradients made so far
@@ -35,6 +34,25 @@ class Pass(NamedTuple):
     flops: int
     moved: int                    # read and written by all ops
     seconds: float                # by the roofline, op for op
+
+
+class Zero(NamedTuple):
+    """ZeRO-3's sizes, in numbers (bytes of one where said). Defaults: those of configs/deepspeed."""
+
+    live: int = 200_000_000       # gathered weights at a time, besides the layer that runs
+    bucket: int = 20_000_000      # gradients summed at a time
+    group: int = 100_000_000      # a rank's numbers stepped at a time
+    gradient_bytes: int = 4       # of a summed gradient
+    sent_bytes: int = 4           # of a gradient on its way
+
+    @classmethod
+    def of(cls, settings: Mapping) -> "Zero":
+        """From DeepSpeed's JSON; what it does not say is DeepSpeed's own default."""
+        part = settings.get("zero_optimization", {})
+        width = {"fp32": 4, "fp16": 2, "bf16": 2}
+        return cls(int(part.get("stage3_max_live_parameters", 10**9)), int(part.get("reduce_bucket_size", 5 * 10**8)),
+                   int(part.get("sub_group_size", 10**9)), width.get((settings.get("data_types") or {}).get("grad_accum_dtype"), 4),
+                   width.get(settings.get("communication_data_type"), 2))
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,7 @@ class Policy:
     gradient_checkpointing: bool = False
     activation_offload: bool = False
     zero3: bool = False
+    zero: Zero = Zero()
     offload_optimizer: Literal["none", "host", "disk"] = "none"
     offload_parameters: Literal["none", "host", "disk"] = "none"
 
@@ -56,6 +75,16 @@ class Policy:
             raise ValueError("offload of optimizer or parameters: want zero3, which does it")
         if self.zero3 and (self.in_backward or self.master == "stochastic"):
             raise ValueError("in_backward, master stochastic: want a run without zero3")
+
+    @classmethod
+    def of(cls, config: FinetuneConfig, dtype: str, settings: Mapping | None = None) -> "Policy":
+        """The policy of a run. dtype: as resolved, fp32 or bf16; settings: DeepSpeed's JSON where it runs under ZeRO-3."""
+        where = {"none": "none", "cpu": "host", "nvme": "disk"}
+        zero = (settings or {}).get("zero_optimization", {})
+        offload = {f"offload_{ours}": where[(zero.get(f"offload_{theirs}") or {}).get("device", "none")]
+                   for ours, theirs in (("optimizer", "optimizer"), ("parameters", "param"))}
+        return cls(dtype, config.optimizer, config.master if dtype == "bf16" else "fp32", config.in_backward, config.gradient_checkpointing,
+                   config.activation_offload, settings is not None, Zero.of(settings) if settings else Zero(), **offload)
 
     @property
     def weight_bytes(self) -> int:
@@ -68,8 +97,14 @@ class Policy:
     @property
     def state_bytes_per_parameter(self) -> float:
         """Weights, gradients, master and moments, wherever they are."""
-        gradients = 0 if self.in_backward else self.weight_bytes
+        gradients = 0 if self.in_backward else self.zero.gradient_bytes if self.zero3 else self.weight_bytes
         return self.weight_bytes + gradients + self.master_bytes + MOMENT_BYTES[self.optimizer]
+
+    @property
+    def step_tensors(self) -> int:
+        """fp32 copies of a tensor while it is stepped: its gradient, and what Adam or the rounding needs beside it."""
+        stochastic = self.master == "stochastic" and self.dtype == "bf16"
+        return (4 if stochastic else 3) if self.optimizer == "adamw" else 3 if stochastic else 1
 
     def __str__(self) -> str:
         parts = [{"adamw": "Adam", "adamw8bit": "8-bit Adam", "fused": "fused Adam"}[self.optimizer],
@@ -86,14 +121,13 @@ def ladder(world: int, dtype: str = "bf16") -> list[Policy]:
     """Policies from the plainest to the most frugal: what costs nothing first, then time, then exactness, then the way to the host."""
     one = Policy(dtype=dtype)
     eight = replace(one, optimizer="adamw8bit")
-    if world > 1:
-        plain = [replace(one, zero3=True), replace(eight, zero3=True)]
-    else:
-        plain = [one, eight, replace(eight, in_backward=True)]
+    plain = [replace(p, zero3=world > 1) for p in (one, eight)]
     steps = plain + [replace(p, gradient_checkpointing=True) for p in plain]
     if world == 1:
-        frugal = replace(eight, master="stochastic", in_backward=True)
-        steps += [frugal, replace(frugal, gradient_checkpointing=True)]
+        masters = replace(eight, in_backward=True)
+        rounded = replace(masters, master="stochastic")
+        for p in (masters, rounded) if dtype == "bf16" else (masters,):
+            steps += [p, replace(p, gradient_checkpointing=True)]
     last = replace(one, zero3=True, gradient_checkpointing=True)
     for host in ("host", "disk"):
         steps += [replace(last, offload_optimizer=host), replace(last, offload_optimizer=host, offload_parameters=host)]
@@ -103,7 +137,11 @@ def ladder(world: int, dtype: str = "bf16") -> list[Policy]:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes per rank of one policy; `host` and `disk` over all ranks of a machine. `activations` is part of `working`."""
+    """Bytes per rank of one policy; `host` and `disk` over all ranks of a machine.
+
+    state: weights, gradients, master, moments that are on the card. working: the most that exists beside the state; less than the
+    activations where they are gone before the gradients have all come. gpu: all of it, with the reserve.
+    """
 
     state: int
     activations: int
@@ -119,44 +157,45 @@ class Need:
         return max(self.seconds["pass"], self.seconds["links"], self.seconds["host link"]) + self.seconds["optimizer"]
 
 
-def need(cost: Pass, policy: Policy, world: int, card: Card = H200, on_cpu: bool = False) -> Need:
-    """Of one rank of `world`, given the pass it runs."""
+def need(cost: Pass, policy: Policy, world: int, card: Card = H200, on_cpu: bool = False, passes: int = 1) -> Need:
+    """Of one rank of `world`, given the pass it runs, so many times a step."""
     P, share = cost.parameters, world if policy.zero3 else 1
     w, moments = policy.weight_bytes, MOMENT_BYTES[policy.optimizer]
     optimizer = policy.master_bytes + moments
     resident = w * (policy.offload_parameters == "none") + optimizer * (policy.offload_optimizer == "none")
     state = round(resident * P / share)
-    largest = STEP_TENSORS * 4 * cost.largest_parameter
+    zero = policy.zero
     if policy.zero3:
-        gathered = 0 if world == 1 and policy.offload_parameters == "none" else w * min(P, cost.largest_block + PREFETCH)
-        buckets = w * min(P, REDUCE)
-        gradients = 0 if policy.offload_optimizer != "none" else round(w * P / share)
-        step = 4 * min(P // share, SUBGROUP) * (policy.offload_optimizer == "none")          # gradients of a group, in fp32
-        working = gradients + max(cost.peak + gathered + buckets, step + largest)
+        gathered = 0 if world == 1 and policy.offload_parameters == "none" else w * min(P, zero.live + cost.largest_parameter)
+        bucket = (w + zero.sent_bytes) * min(P, max(zero.bucket, cost.largest_parameter))        # and its copy in the format it is sent in
+        gradients = 0 if policy.offload_optimizer != "none" else round(zero.gradient_bytes * P / share)
+        step = 4 * (1 + policy.step_tensors) * min(P // share, max(zero.group, cost.largest_parameter // share))
+        working = max(cost.peak + gathered + bucket, step * (policy.offload_optimizer == "none"))
     elif policy.in_backward:
-        gradients, working = 0, cost.peak + largest
+        gradients, working = 0, cost.peak
     else:
         gradients = w * P
-        working = max(cost.peak_with_gradients, gradients + largest)
+        working = max(cost.peak_with_gradients if passes == 1 else gradients + cost.peak,
+                      gradients + 4 * policy.step_tensors * cost.largest_parameter) - gradients
     host = disk = 0
-    for what, where in ((policy.master_bytes + moments + 4, policy.offload_optimizer), (w, policy.offload_parameters)):
+    for what, where in ((policy.master_bytes + moments + zero.gradient_bytes, policy.offload_optimizer), (w, policy.offload_parameters)):
         host += round(what * P) * (where == "host")
         disk += round(what * P) * (where == "disk")
     if disk:
         host += min(DISK_STAGING * world, disk)
     host += cost.offloaded * world
     reserve = 0 if on_cpu else GPU_RESERVE
-    return Need(state + gradients, cost.activations, working, state + working + reserve, host, disk,
-                _seconds(cost, policy, world, share, card))
+    return Need(state + gradients, cost.activations, working, state + gradients + working + reserve, host, disk,
+                _seconds(cost, policy, world, share, card, passes))
 
 
-def _seconds(cost: Pass, policy: Policy, world: int, share: int, card: Card) -> dict[str, float]:
+def _seconds(cost: Pass, policy: Policy, world: int, share: int, card: Card, passes: int) -> dict[str, float]:
     P, w = cost.parameters, policy.weight_bytes
-    parts = {"pass": cost.seconds, "links": 0.0, "host link": 2 * cost.offloaded / card.host_link_per_s, "optimizer": 0.0}
+    parts = {"pass": passes * cost.seconds, "links": 0.0, "host link": passes * 2 * cost.offloaded / card.host_link_per_s, "optimizer": 0.0}
     if policy.zero3:                  # gathered forwards, gathered backwards, gradients scattered
-        parts["links"] = 3 * w * P * (world - 1) / world / card.links_per_s
+        parts["links"] = passes * (2 * w + policy.zero.sent_bytes) * P * (world - 1) / world / card.links_per_s
     if policy.offload_parameters != "none":
-        parts["host link"] += 2 * w * P / share / card.host_link_per_s
+        parts["host link"] += passes * 2 * w * P / share / card.host_link_per_s
     state = policy.master_bytes + MOMENT_BYTES[policy.optimizer]
     traffic = 2 * state + 2 * w       # state read and written, the gradient read, the weight written
     if policy.offload_optimizer == "none":

@@ -101,7 +101,7 @@ class Meter(TorchDispatchMode):
 
 
 class Offloaded(torch.autograd.graph.saved_tensors_hooks):
-    """Saved activations of `at_least` bytes leave for the host and come back as fresh tensors, as under activation offload, without the copies.
+    """Saved activations of `at_least` bytes are let go and come back as fresh tensors: activation offload without the copies.
 
     `kept`: storages that stay (the parameters').
     """
