@@ -1,6 +1,5 @@
 """The layers that mix: pixels of a frame with each other and with the text, and frames of a pixel with each other."""
 
-import torch
 from torch import Tensor, nn
 
 from dreamix_kernels import spatial_attention, temporal_attention_packed, temporal_conv_block

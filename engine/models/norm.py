@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`; trained in bf16 on the CPU it computes in fp32, where PyTorch would sum the parameters' gradients over all rows in bf16.
+    """`nn.LayerNorm`; trained in bf16 on the CPU it computes in fp32, where PyTorch would sum the parameters' gradients over all rows in
+    bf16.
 
     Off by 13 and 17 % for weight and bias at 15360 rows of 128 (torch 2.13).   x [..., C] -> same
     """

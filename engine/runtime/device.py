@@ -11,7 +11,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU.   Raises: ConfigError if the device is not there, or DREAMIX_KERNELS asks for what it cannot have."""
+    """`auto` is the first GPU, else the CPU.   Raises: ConfigError if the device is not there, or DREAMIX_KERNELS asks for what it
+    cannot have."""
     device = _find(name)
     try:
         dispatch.require_possible(device)

@@ -13,7 +13,8 @@ from dreamix_kernels.attention import add_backend
 def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q [N, h, P, d] over k, v [N, h, S, d]; mask bool [N, 1, 1, S] or None -> like q.
 
-    The package is imported here, at the first call, which is a probe: it imports well beside a torch it was not built for, and then refuses.
+    The package is imported here, at the first call, which is a probe: it imports well beside a torch it was not built for, and then
+    refuses.
     """
     if not q.is_cuda:
         raise RuntimeError("its operators are for GPUs")

@@ -2,8 +2,8 @@
 
     python -m dreamix_kernels.aot [--arch 80 90] [--op temporal_conv] [--json FILE]
 
-Exit code 1 if a kernel spills registers to memory or wants more shared memory than the part has. Each module <op>_triton lists, in `aot_cases`, the
-configurations its launchers pick at the cascade's shapes.
+Exit code 1 if a kernel spills registers to memory or wants more shared memory than the part has. Each module <op>_triton lists, in
+`aot_cases`, the configurations its launchers pick at the cascade's shapes.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import torch
 
 from .dispatch import TRITON_OPS
 
-SHARED_LIMIT_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}         # per block, opt-in (CUDA C++ programming guide, table of capabilities)
+# per block, opt-in (CUDA C++ programming guide, table of capabilities)
+SHARED_LIMIT_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 
 
@@ -32,7 +33,8 @@ class Case:
     """One compilation: a @triton.jit function, what it is called with, and how it is launched."""
     name: str                                              # kernel, shape, dtype: the row of the report
     kernel: Any
-    arguments: dict[str, Any]                              # name -> torch dtype (a pointer), "i32" / "i64" / "fp32" (a number), None (an absent pointer)
+    # name -> torch dtype (a pointer), "i32" / "i64" / "fp32" (a number), None (an absent pointer)
+    arguments: dict[str, Any]
     constants: dict[str, Any]                              # name -> value of a constexpr
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
     archs: tuple[int, ...] = (80, 90)
@@ -67,7 +69,8 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
@@ -92,7 +95,8 @@ def problem(row: dict) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dreamix_kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT_BYTES), help="compute capabilities, without the dot")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT_BYTES),
+                        help="compute capabilities, without the dot")
     parser.add_argument("--op", nargs="+", choices=TRITON_OPS, help="only these ops")
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON lines")
     args = parser.parse_args(argv)
@@ -102,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(_row, *zip(*work), chunksize=4):
             rows.append(row)
-            print(f"{row['kernel']:<72} {row['arch']:<6} {row['registers']:>5} {row['spill_bytes']:>8} {row['shared_bytes']:>9} {row['dot']:<9} "
-                  f"{row.get('num_warps', ''):>5} {row.get('num_stages', ''):>6}  {problem(row) or ''}", flush=True)
+            numbers = f"{row['registers']:>5} {row['spill_bytes']:>8} {row['shared_bytes']:>9} {row['dot']:<9}"
+            options = f"{row.get('num_warps', ''):>5} {row.get('num_stages', ''):>6}"
+            print(f"{row['kernel']:<72} {row['arch']:<6} {numbers} {options}  {problem(row) or ''}", flush=True)
     if args.json:
         import triton
         with open(args.json, "w", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """Spatial attention: every pixel of a frame attends to the frame's pixels and to the text tokens. One door over several backends.
 
-A backend is judged by calling it, never by importing it: on first use with a device, dtype, head dimension and kind of mask, its output and its
-gradients are compared with the definition, and the first that agrees is taken. Backends of other packages are added from outside (`add_backend`).
+A backend is judged by calling it, never by importing it: on first use with a device, dtype, head dimension and kind of mask, its output
+and its gradients are compared with the definition, and the first that agrees is taken. Backends of other packages are added from outside
+(`add_backend`).
 """
 
 import warnings
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from .dispatch import first_line, require_agreement
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]     # q [N, h, P, d]; k, v [N, h, S, d]; mask bool [N, 1, 1, S] -> like q
-FEW_KEYS = 256                         # up to which plain products train faster than SDPA on the CPU, whose backward takes ten times its forward
+# q [N, h, P, d]; k, v [N, h, S, d]; mask bool [N, 1, 1, S] -> like q
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# up to which plain products train faster than SDPA on the CPU, whose backward takes ten times its forward
+FEW_KEYS = 256
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -109,5 +112,6 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor | None = N
             mask = F.pad(text_mask, (P, 0), value=True)[:, None].expand(B, T, P + L).reshape(B * T, 1, 1, P + L)
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
     grad = torch.is_grad_enabled()
-    name = "products" if grad and q.device.type == "cpu" and k.shape[2] <= FEW_KEYS else _choose(q.device, q.dtype, d, mask is not None, grad)
+    few = grad and q.device.type == "cpu" and k.shape[2] <= FEW_KEYS
+    name = "products" if few else _choose(q.device, q.dtype, d, mask is not None, grad)
     return _backends[name](q, k, v, mask).transpose(1, 2).unflatten(0, (B, T))

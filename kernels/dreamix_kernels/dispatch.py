@@ -1,8 +1,10 @@
-"""Which implementation of an op runs on a tensor: Triton on a GPU, compiled C++ on the CPU, PyTorch wherever those have not proved themselves.
+"""Which implementation of an op runs on a tensor: Triton on a GPU, compiled C++ on the CPU, PyTorch wherever those have not proved
+themselves.
 
-DREAMIX_KERNELS=auto (default) decides so; `torch` takes PyTorch alone; `triton` insists on Triton and raises where it cannot be had. A kernel proves
-itself on first use on a device and dtype: the `self_check` of its module compares it with the op's definition, output and gradients. One that
-fails, or does not compile, is left out with one warning and never runs.
+DREAMIX_KERNELS=auto (default) decides so; `torch` takes PyTorch alone; `triton` insists on Triton and raises where it cannot be had. A
+kernel proves
+itself on first use on a device and dtype: the `self_check` of its module compares it with the op's definition, output and gradients. One
+that fails, or does not compile, is left out with one warning and never runs.
 """
 
 import os
@@ -20,7 +22,8 @@ NATIVE_OPS = ("temporal_attention", "group_norm_silu")                         #
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 NO_COMPILER = "there is no C++ compiler"
 
-_verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}        # (op_kind, device, dtype); None: it agrees with its reference
+# (op_kind, device, dtype); None: it agrees with its reference
+_verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 
 
 def mode() -> str:

@@ -1,7 +1,7 @@
 """GroupNorm, FiLM and SiLU: silu(norm(x) * (1 + scale) + shift), statistics per frame. The prologue of every convolution.
 
-Statistics of one frame never see another frame: isolation of independent frames (paper Sec. 4.2) rests on it. Where a kernel before this one has
-already seen every element, it hands the statistics on, and x is read once less.
+Statistics of one frame never see another frame: isolation of independent frames (paper Sec. 4.2) rests on it. Where a kernel before this
+one has already seen every element, it hands the statistics on, and x is read once less.
 """
 
 import torch
@@ -21,7 +21,8 @@ def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tens
     return F.silu(h)
 
 
-CHUNK_ELEMENTS = 1 << 17               # frames are taken a few at a time on the CPU: two buffers of 512 KiB of fp32 stay in the second-level cache
+# frames are taken a few at a time on the CPU: two buffers of 512 KiB of fp32 stay in the second-level cache
+CHUNK_ELEMENTS = 1 << 17
 GRAIN_ELEMENTS, VECTOR_ELEMENTS = 32768, 32     # ATen's: the smallest share of a thread, and what a vectorised loop takes at a time
 
 
@@ -56,7 +57,8 @@ def _group_mean(s: Tensor, groups: int) -> Tensor:
 def _moments(x: Tensor, groups: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each frame's groups, at every channel.   x [N, P, C] -> [N, C], [N, C] in `wide`
 
-    Squares are summed around each channel's own mean, while the frame is in the cache: E[x^2] - E[x]^2 would lose the digits of a large mean.
+    Squares are summed around each channel's own mean, while the frame is in the cache: E[x^2] - E[x]^2 would lose the digits of a large
+    mean.
     """
     N, P, C = x.shape
     step = _step(x)
@@ -138,7 +140,8 @@ class GroupNormSiLU(torch.autograd.Function):
 
 
 def _backward(x, dy, groups, affine, mean, rstd, gain, offset):
-    """dx, and per frame the sums over pixels of du and of du * normalised; du is the gradient before SiLU.   -> [N, P, C], [N, C], [N, C]"""
+    """dx, and per frame the sums over pixels of du and of du * normalised; du is the gradient before SiLU.   -> [N, P, C], [N, C], [N,
+    C]"""
     N, P, _ = x.shape
     wide, step = gain.dtype, _step(x)
     doffset, dnormed, dx = torch.empty_like(gain), torch.empty_like(gain), torch.empty_like(x)

@@ -1,7 +1,8 @@
-"""The CPU's own kernels: `native.cpp`, compiled by the machine's C++ compiler on first use (a second or two, then cached), loaded with ctypes.
+"""The CPU's own kernels: `native.cpp`, compiled by the machine's C++ compiler on first use (a second or two, then cached), loaded with
+ctypes.
 
-It needs no header but the compiler's, runs on the thread pool that PyTorch has already started, and proves itself before it is used, as every
-kernel does (`dispatch`). Without a compiler the PyTorch formulations run; `engine.infer info` says which.
+It needs no header but the compiler's, runs on the thread pool that PyTorch has already started, and proves itself before it is used, as
+every kernel does (`dispatch`). Without a compiler the PyTorch formulations run; `engine.infer info` says which.
 """
 
 import ctypes
@@ -70,12 +71,14 @@ def _run(command: list[str]) -> str:
 
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     types = {int: ctypes.c_int64, float: ctypes.c_float}
-    given = [ctypes.c_void_p(None if a is None else a.data_ptr()) if a is None or torch.is_tensor(a) else types[type(a)](a) for a in arguments]
+    given = [types[type(a)](a) if type(a) in types else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in arguments]
     getattr(library(), f"{name}_{SUFFIX[dtype]}")(*given)
 
 
-def norm_forward(x: Tensor, groups: int, affine: Tensor, add: Tensor, eps: float, stats: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """silu((x - mean) * rstd * affine + add).   x [N, P, C] contiguous; affine, add fp32 [N or 1, C] -> y, (mean, rstd, gain, add) [N, C]"""
+def norm_forward(x: Tensor, groups: int, affine: Tensor, add: Tensor, eps: float,
+                 stats: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """silu((x - mean) * rstd * affine + add).   x [N, P, C] contiguous; affine, add fp32 [N or 1, C] -> y, (mean, rstd, gain, add) [N,
+    C]"""
     N, P, C = x.shape
     y, folded = torch.empty_like(x), torch.empty(4, N, C)
     affine, add = affine.contiguous(), add.contiguous()
@@ -85,7 +88,8 @@ def norm_forward(x: Tensor, groups: int, affine: Tensor, add: Tensor, eps: float
 
 
 def norm_backward(x: Tensor, dy: Tensor, groups: int, affine: Tensor, folded: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and per frame the sums over its pixels of du and of du * normalised (du: the gradient before SiLU).   -> [N, P, C], [N, C], [N, C]"""
+    """dx, and per frame the sums over its pixels of du and of du * normalised (du: the gradient before SiLU).   -> [N, P, C], [N, C],
+    [N, C]"""
     N, P, C = x.shape
     dx, sums = torch.empty_like(x), torch.empty(2, N, C)
     affine = affine.contiguous()
@@ -94,13 +98,15 @@ def norm_backward(x: Tensor, dy: Tensor, groups: int, affine: Tensor, folded: tu
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v along T.   q, k, v [B, T, P, heads, d], the same strides, d contiguous; bias [heads, T, T] -> contiguous"""
+    """softmax(q k^T / sqrt(d) + bias) v along T.   q, k, v [B, T, P, heads, d], the same strides, d contiguous; bias [heads, T, T] ->
+    contiguous"""
     B, T, P, h, d = v.shape
     out = torch.empty(v.shape, dtype=v.dtype)
     strides = [(ctypes.c_int64 * 4)(*x.stride()[:4]) for x in (q, out)]
     bias = bias.float().contiguous()
     getattr(library(), f"attend_{SUFFIX[v.dtype]}")(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, bias, out)), *map(ctypes.c_int64, (B, T, P, h, d)), *strides, ctypes.c_float(d**-0.5))
+        *(ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, bias, out)), *map(ctypes.c_int64, (B, T, P, h, d)), *strides,
+        ctypes.c_float(d**-0.5))
     return out
 
 

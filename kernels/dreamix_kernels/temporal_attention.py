@@ -55,7 +55,8 @@ def temporal_attention_packed(qkv: Tensor, bias: Tensor, independent_frames: Ten
 
 
 def wants_sequences(x: Tensor) -> bool:
-    """True where attention along time reads a pixel's frames best when they lie side by side: in PyTorch on the CPU, and in training there."""
+    """True where attention along time reads a pixel's frames best when they lie side by side: in PyTorch on the CPU, and in training
+    there."""
     return x.device.type == "cpu" and (torch.is_grad_enabled() or not use_native("temporal_attention", x))
 
 

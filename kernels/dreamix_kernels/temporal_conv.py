@@ -1,6 +1,7 @@
 """The residual convolution over three frames, bypassed for independent frames: x + conv(silu(norm(x))), or x.
 
-In PyTorch the convolution is a 2-D one on a view, the image of height T and width H*W: no copies, and cuDNN and oneDNN run it at full speed in channels
+In PyTorch the convolution is a 2-D one on a view, the image of height T and width H*W: no copies, and cuDNN and oneDNN run it at full
+speed in channels
 last, where Conv3d takes slow or faulty paths. On a GPU the narrow widths, where memory is the limit, are one Triton kernel.
 """
 

@@ -61,14 +61,19 @@ def triton(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch, device):
-    """The interpreter cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too."""
+def interpreter(monkeypatch, device):
+    """It cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too. And most of its time goes into preparing
+    triton.language
+    for every function that a kernel calls, at every call (the kernel's own preparation will do, and one of each of Triton's modules), and
+    into looking for integers that overflow (these are small)."""
     if device.type == "cuda":
         return
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
+    import dataclasses
+
     import numpy
     import triton.language as tl
 
@@ -81,3 +86,16 @@ def rounding(monkeypatch, device):
         return cast(self, src, dst_type)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
+
+    call, prepared = interpreter.InterpretedFunction.__call__, set()
+
+    def called(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module.startswith("dreamix_kernels.") or module in prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.add(module)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))

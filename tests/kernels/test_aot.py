@@ -16,7 +16,8 @@ def compiled(*arguments):
     """The command's result, in a process of its own: where this one has no GPU it has Triton's interpreter, which compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run([sys.executable, "-m", "dreamix_kernels.aot", *arguments], env=environment, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "dreamix_kernels.aot", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
 
 
 @pytest.mark.parametrize("op", dispatch.TRITON_OPS)

@@ -12,7 +12,8 @@ import torch
 
 from dreamix_kernels import dispatch, group_norm_silu, native, temporal_attention
 
-pytestmark = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+COMPILERS = ("c++", "g++", "clang++")
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -22,42 +22,6 @@ FORMS = [(2, 3, 66, 32, 4), (2, 3, 9, 136, 2), (2, 3, 9, 264, 2)]               
 DTYPED_FORMS = [*((shape, torch.bfloat16) for shape in FORMS), (FORMS[0], torch.float32), ((2, 3, 9, 40, 2), torch.float32)]
 
 
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch, device):
-    """It cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too. And most of its time goes into preparing
-    triton.language for every function that a kernel calls, at every call (the kernel's own preparation will do, and one of each of Triton's
-    modules), and into looking for integers that overflow (these are small)."""
-    if device.type == "cuda":
-        return
-    import dataclasses
-
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, src, dst_type):
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            near = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
-            return interpreter.TensorHandle(near, tl.bfloat16)
-        return cast(self, src, dst_type)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
-
-    call, prepared = interpreter.InterpretedFunction.__call__, {tconv.kernels.__name__, norm.kernels.__name__}
-
-    def called(self, *args, **kwargs):
-        if self.fn.__module__ in prepared:
-            return self.rewrite()(*args, **kwargs)
-        prepared.add(self.fn.__module__)
-        return call(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
-    builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
-
-
 def make(randn, device, shape, dtype=torch.float32, mask=None):
     """x, groups, norm_weight, norm_bias, weight, bias, independent_frames."""
     B, T, P, C, groups = shape

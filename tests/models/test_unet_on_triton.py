@@ -1,4 +1,5 @@
-"""A whole U-Net through the Triton kernels, on a GPU or in the interpreter: statistics handed from layer to layer, masks, and every gradient."""
+"""A whole U-Net through the Triton kernels, on a GPU or in the interpreter: statistics handed from layer to layer, masks, and every
+gradient."""
 
 import pytest
 import torch
