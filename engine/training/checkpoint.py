@@ -40,7 +40,6 @@ from .checkpoint_files import (
 from .ranks import Alone, Processes, Ranks, fault, together
 
 __all__ = ["FAULTS", "Alone", "Checkpoint", "Processes", "Ranks", "check_config", "latest", "save", "together", "versions"]
-
 LATEST = "LATEST"
 FAULTS = ("prepared", "written", "synced", "hashed", "manifest", "sealed", "renamed", "latest")     # the named points of a save, in order
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "safetensors")
@@ -79,8 +78,6 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, meta: dict[str
     root, ranks = Path(root), ranks or Alone()
     if keep < 2:
         raise ValueError(f"keep: want at least 2 (while one is written the other must stay), got {keep}")
-    if step < 0:
-        raise ValueError(f"step: want 0 or more, got {step}")
     head = _head(meta, step, ranks.world)
     told = ranks.gather((os.getpid(), bytes_needed))
     part, needed, first = root / f".tmp-{step}-{told[0][0]}", sum(n for _, n in told), ranks.rank == 0
