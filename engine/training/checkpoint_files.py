@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what safetensors and torch.save say of a full disk, whose own exceptions carry no errno
-FULL_WORDS = re.compile(r"no space left|quota exceeded|file too large|unexpected pos|failed writing|os error (27|28|122)\b", re.IGNORECASE)
+FULL_WORDS = re.compile(r"os error (27|28|122)\b|no space left|unexpected pos|failed writing", re.IGNORECASE)
 
 
 class Damaged(WeightsError):
@@ -162,7 +162,7 @@ def disk_errors(root: Path, part: Path, needed: int) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, ConnectionError, TimeoutError):            # a lost peer is an OSError too, but no disk
         raise
     except Exception as error:
         chain, at = [], error
@@ -170,17 +170,17 @@ def disk_errors(root: Path, part: Path, needed: int) -> Iterator[None]:
             chain.append(at)
             at = at.__cause__ or at.__context__
         codes = [one.errno for one in chain if isinstance(one, OSError)]
-        words = " ".join(str(error).split())
-        full = any(code in FULL_ERRNO for code in codes) or not codes and FULL_WORDS.search(words)
+        words = None if isinstance(error, OSError) else FULL_WORDS.search(str(error))
+        full = [code for code in codes if code in FULL_ERRNO] or words and [int(words[1] or errno.ENOSPC)]
         if not full and not isinstance(error, OSError):
             raise
-        where, reason = f"{shown(root)}: the checkpoint cannot be written", getattr(error, "strerror", None) or words
+        where = f"{shown(root)}: the checkpoint cannot be written"
         if not full:
-            raise DiskError(f"{where}: {reason}") from error
+            raise DiskError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
         try:
             written = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-            free = shutil.disk_usage(root).free
+            room = written + shutil.disk_usage(root).free
         except OSError:
-            written = free = 0
-        guess = max(needed or bytes_before(root), written)
-        raise DiskError(f"{where}: {reason}: want {guess} bytes, {written + free} can be had; older checkpoints are intact") from error
+            written = room = 0
+        want = f"{needed}" if needed else f"at least {max(bytes_before(root), written + 1)}"
+        raise DiskError(f"{where}: {os.strerror(full[0])}: want {want} bytes, {room} can be had; older checkpoints are intact") from error
