@@ -130,7 +130,7 @@ def round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:
     threshold = torch.randint(0, 1 << 16, out.shape, generator=generator, device=out.device, dtype=torch.int32)
     threshold.add_(step * GOLDEN % (1 << 16)).bitwise_and_(0xFFFF)
     # bf16 is fp32 without its last 16 bits: adding below them carries into the kept ones that often
-    bits = value.contiguous().view(torch.int32).add_(threshold).bitwise_and_(-(1 << 16))
+    bits = threshold.add_(value.view(torch.int32)).bitwise_and_(-(1 << 16))
     out.copy_(bits.view(torch.float32))
 
 
