@@ -11,20 +11,23 @@ import contextlib
 import gc
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from dreamix_kernels import dispatch
 from engine.config import FinetuneConfig
 from engine.errors import ConfigError
-from engine.models.attention import TemporalAttention, TemporalConv
-from engine.models.unet import VideoUNet
+from engine.models.unet import Block, VideoUNet
 from engine.runtime import weights
 
 from . import zero_state
+from .finetune_optimizer import _bitsandbytes
 from .zero_settings import deepspeed_settings
 
 PORT_HINT = "another run has this port: give `deepspeed` a free one, --master_port N"
@@ -39,7 +42,8 @@ def join(device: torch.device) -> tuple[int, int]:
 
     # On a CPU, DeepSpeed would spend a minute compiling an op of its own for shared memory, or fail without a compiler; gloo is there
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+    deepspeed.utils.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")      # of names that DeepSpeed still uses
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
@@ -68,6 +72,8 @@ class ZeroEngine:
                  *, settings: str | Path):
         self.config = config
         self.rank, self.world = join(device)
+        # kernels check themselves on first use, with a backward pass of their own: that must not happen in a block that is recorded
+        dispatch.report(torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" else device, dtype)
         merged = deepspeed_settings(settings, config, device, dtype)
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
@@ -78,18 +84,22 @@ class ZeroEngine:
             network = build()
         network.train()
         network.gradient_checkpointing = config.gradient_checkpointing
-        # A rank whose samples are all independent frames never calls some temporal weights: as leaves, these give zeros for a gradient,
-        # and all ranks reduce the same list
-        set_z3_leaf_modules(network, [TemporalAttention, TemporalConv], raise_if_not_found=False)
+        # A block's weights come and go together: its layers read each other's (fused norms), and are called again when it is computed
+        # again. And where a rank's samples are all independent frames, some temporal weights have no gradient: a leaf gives zeros for
+        # them, so that all ranks reduce the same list.
+        set_z3_leaf_modules(network, [Block])
         self.names = {p: name for name, p in network.named_parameters()}
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=network, optimizer=make_optimizer(config, list(network.parameters())), config=merged)
+        keep_for_backward(self.zero.parameter_offload)
         self.device = torch.device(self.engine.device)
         self.read(Path(folder))
 
     def network(self, *args, **kwargs) -> Tensor:
         """As `VideoUNet.forward`; every rank must call it as often."""
-        return self.engine(*args, **kwargs)
+        # a block that is computed again must run to its end: DeepSpeed lets go of a layer's weights when the layer returns
+        with set_checkpoint_early_stop(False):
+            return self.engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -162,7 +172,6 @@ class ZeroEngine:
         self.engine.destroy()
         # DeepSpeed keeps the network on a global stack, and its own F.linear in torch's place
         parameter_offload.FWD_MODULE_STACK.clear()
-        partition_parameters.shutdown_init_context()
         original = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
         if original is not None:
             torch.nn.functional.linear = original
@@ -174,10 +183,26 @@ class ZeroEngine:
             torch.cuda.empty_cache()
 
 
+def keep_for_backward(offload) -> None:
+    """A block that is computed again keeps its weights: its backward pass follows.
+
+    DeepSpeed fetches them before that pass, of which the recomputation is the first part, and at whose end it would let go of them:
+    then a gradient meets a parameter of size 0.
+    """
+    release = offload.post_sub_module_forward_function
+
+    def release_after_forward(module) -> None:
+        if torch._C._current_graph_task_id() == -1:             # -1: not inside a backward pass
+            release(module)
+
+    offload.post_sub_module_forward_function = release_after_forward
+
+
 def make_optimizer(config: FinetuneConfig, parameters: list[Tensor]) -> torch.optim.Optimizer:
     """AdamW by its name in the config. DeepSpeed hands it one flat fp32 piece at a time, so "adamw" needs no list of small tensors."""
     kinds = dict(lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
     if config.optimizer == "adamw8bit":
+        _bitsandbytes()                                         # says what is missing, and nothing of what is not used
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **kinds)

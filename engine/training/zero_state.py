@@ -18,6 +18,8 @@ from torch import Tensor
 
 from engine.errors import ConfigError, WeightsError
 
+ABOUT = "zero"             # the metadata's one entry
+
 
 @dataclass
 class Piece:
@@ -108,9 +110,17 @@ def save(engine, folder: Path) -> None:
                 whole[f"state/{key}"] = value.cpu().contiguous()
         tensors = {f"{kind}/{piece.name}": flat.narrow(0, piece.offset, piece.master.numel())
                    for kind, flat in flats.items() for piece in group.pieces}
-        about = {"optimizer": engine.config.optimizer, "world": str(engine.world), "kinds": json.dumps(sorted(flats)),
-                 "numbers": json.dumps(rest), "parameters": json.dumps({piece.name: piece.numel for piece in group.pieces})}
-        save_file(tensors | whole, folder / file_name(engine.rank, engine.world, group.index), metadata=about)
+        about = {"optimizer": engine.config.optimizer, "rank": engine.rank, "world": engine.world, "kinds": sorted(flats),
+                 "numbers": rest, "parameters": {piece.name: piece.numel for piece in group.pieces}}
+        # in one entry: safetensors writes several in any order, and the same state must be the same bytes
+        save_file(tensors | whole, folder / file_name(engine.rank, engine.world, group.index), metadata={ABOUT: json.dumps(about)})
+
+
+def read_about(f, path: Path) -> dict:
+    try:
+        return json.loads((f.metadata() or {})[ABOUT])
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path}: not a state of this engine") from error
 
 
 def load(engine, folder: Path) -> None:
@@ -125,26 +135,25 @@ def load(engine, folder: Path) -> None:
                 f = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise WeightsError(f"{path}: not a complete safetensors file ({error})") from error
-            about = f.metadata()
+            about = read_about(f, path)
             if about["optimizer"] != engine.config.optimizer:
                 raise ConfigError(f"optimizer: want {about['optimizer']}, as in {folder}, got {engine.config.optimizer}")
-            world, rank = int(about["world"]), int(path.name.split("-")[1])
-            for name in json.loads(about["parameters"]):
-                files[name, rank] = f
+            world = about["world"]
+            for name in about["parameters"]:
+                files[name, about["rank"]] = f, about
         for group in groups(engine):
-            first = files.get((group.pieces[0].name, min(engine.rank, world - 1)))
+            first, about = files.get((group.pieces[0].name, min(engine.rank, world - 1)), (None, None))
             if first is None:
                 raise WeightsError(f"{folder}: {group.pieces[0].name} is missing")
-            about = first.metadata()
             group.state.clear()
-            group.state.update(json.loads(about["numbers"]))
+            group.state.update(about["numbers"])
             for key in (key for key in first.keys() if key.startswith("state/")):
                 value = first.get_tensor(key)
-                if value.ndim and (world != engine.world or json.loads(about["parameters"]).keys() != {p.name for p in group.pieces}):
+                if value.ndim and (world != engine.world or about["parameters"].keys() != {p.name for p in group.pieces}):
                     raise ConfigError(f"{folder}: moments of {world} ranks in 8 bits; want as many ranks and the same groups, "
                                       f"got {engine.world}")
                 group.state[key.removeprefix("state/")] = value.to(state_device(engine, group, value))
-            for kind in json.loads(about["kinds"]):
+            for kind in about["kinds"]:
                 flat = group.flat.data if kind == "master" else torch.zeros_like(group.flat.data)
                 if kind != "master":
                     group.state[kind] = flat
@@ -165,7 +174,7 @@ def copy(files: dict, folder: Path, kind: str, piece: Piece, world: int, out: Te
     for rank in range(piece.begin // old, -(-piece.end // old)):
         first, last = max(piece.begin, rank * old), min(piece.end, (rank + 1) * old)
         try:
-            rows = files[piece.name, rank].get_slice(f"{kind}/{piece.name}")
+            rows = files[piece.name, rank][0].get_slice(f"{kind}/{piece.name}")
         except (KeyError, SafetensorError) as error:
             raise WeightsError(f"{folder}: {kind} of {piece.name} of rank {rank} is missing") from error
         if rows.get_shape() != [old]:
