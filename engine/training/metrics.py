@@ -9,8 +9,6 @@ from typing import Any
 from engine.errors import DiskError
 from engine.media.clip import shown
 
-MAX_LINE_BYTES = 1 << 20
-
 
 class Metrics:
     """`Metrics(path, {"base": 300, "ssr1": 50})` keeps the lines of those stages up to those steps and appends to them.
@@ -23,14 +21,15 @@ class Metrics:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = self.path.read_bytes() if self.path.exists() else b""
+            kept = b"".join(line for line in text.splitlines(keepends=True) if _counts(line, resume))
+            part = self.path.with_name(self.path.name + ".part")
+            part.unlink(missing_ok=True)              # left by a run that was killed
+            if not text.startswith(kept):             # a stage fell back to an older checkpoint, and a later stage's lines stay
+                part.write_bytes(kept)
+                os.replace(part, self.path)
             self.file = open(self.path, "ab", buffering=0)
-            good = 0
-            with open(self.path, "rb") as before:
-                for line in iter(lambda: before.readline(MAX_LINE_BYTES), b""):
-                    if not _counts(line, resume):
-                        break
-                    good += len(line)
-            os.ftruncate(self.file.fileno(), good)    # in place: steps come in order, so what counts is the beginning
+            os.ftruncate(self.file.fileno(), len(kept))
         except OSError as error:
             raise DiskError(f"{shown(self.path)}: cannot be written: {error.strerror or error}") from error
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -120,10 +121,14 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(root):
 def test_temporaries_of_the_dead_are_removed_and_of_the_living_stay(root):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (f".tmp-5-{dead.pid}", f".tmp-5-{dead.pid}.old", f".tmp-4-{os.getpid()}", f".tmp-6-{os.getppid()}", ".tmp-other"):
+    zombie = subprocess.Popen(["true"])
+    while Path(f"/proc/{zombie.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    for name in (f".tmp-5-{dead.pid}", f".tmp-5-{dead.pid}.old", f".tmp-3-{zombie.pid}", f".tmp-4-{os.getpid()}", f".tmp-6-{os.getppid()}", ".tmp-other"):
         (root / name / "x").mkdir(parents=True)
     (root / "LATEST.part").touch()
     save(root, 1, write_rank(1), meta={})
+    zombie.wait()
     assert temporaries(root) == [f".tmp-6-{os.getppid()}", ".tmp-other"]
 
 
@@ -132,6 +137,14 @@ def test_a_manifest_with_one_changed_number_is_damaged(root):
     path = root / "step-5" / "manifest.json"
     path.write_text(path.read_text().replace('"applied_steps": 4', '"applied_steps": 5'))
     with pytest.raises(WeightsError, match="manifest.json is not as it was written"):
+        latest(root, notes=[])
+
+
+def test_another_format_is_refused_and_not_passed_over(root, monkeypatch):
+    save(root, 5, write_rank(5), meta={})
+    monkeypatch.setattr(checkpoint, "FORMAT", "dreamix-checkpoint-2")
+    save(root, 6, write_rank(6), meta={})
+    with pytest.raises(WeightsError, match="step-6/manifest.json: want a checkpoint in the format dreamix-checkpoint-1, got '.*-2'"):
         latest(root, notes=[])
 
 
