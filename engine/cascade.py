@@ -6,7 +6,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from engine.models.text import TextEmbedding, TextEncoder
 from engine.models.unet import VideoUNet
 from engine.runtime import weights
 from engine.runtime.device import resolve_device, resolve_dtype
+from engine.runtime.overlay import Overlay
 
 OSCILLATING_CONSTANT_STEPS = 4        # at the full weight, before guidance alternates with 1 (Imagen Video Sec. 2.5: "an initial number")
 
@@ -61,20 +64,34 @@ class Cascade:
     dtype: torch.dtype
     reports: list[StageReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)          # what the user should be told of the last run
+    overlay: Overlay | None = None                          # finetuned stages, used in place of the folder's
 
     @classmethod
-    def load(cls, name: str | Path, device: str = "auto", dtype: str = "auto", stages: tuple[str, ...] = STAGE_ORDER) -> "Cascade":
+    def load(cls, name: str | Path, device: str = "auto", dtype: str = "auto", stages: tuple[str, ...] = STAGE_ORDER,
+             overlay: str | Path | None = None) -> "Cascade":
         """A cascade by name or folder; the weights of `stages` are checked by their headers, and read when they are used.
 
+        overlay: a product of finetuning, verified whole, and against the sha256 of the stages it replaces.
         Raises: ConfigError if there is no such cascade, WeightsError if a stage's weights are missing or of another shape.
         """
         folder, config = find_cascade(name)
-        cascade = cls(config, folder, resolve_device(device), resolve_dtype(dtype, resolve_device(device)))
+        finetuned = None if overlay is None else Overlay.open(overlay)
+        cascade = cls(config, folder, resolve_device(device), resolve_dtype(dtype, resolve_device(device)), overlay=finetuned)
         for stage in config.stages:
             if stage.name in stages:
                 module = weights.on_meta(lambda stage=stage: VideoUNet(stage.unet))
-                weights.check(folder / stage.name, {key: value.shape for key, value in module.state_dict().items()})
+                shapes = {key: value.shape for key, value in module.state_dict().items()}
+                weights.check(folder / stage.name, shapes)
+                if finetuned is not None and stage.name in finetuned:
+                    finetuned.check(stage, folder / stage.name, config.name, shapes)
         return cascade
+
+    def network(self, stage: StageConfig) -> AbstractContextManager[VideoUNet]:
+        """A stage's network for as long as it is used; finetuned, where there is an overlay."""
+        resident = weights.resident
+        if self.overlay is not None and stage.name in self.overlay:
+            resident = partial(self.overlay.resident, stage.name)
+        return resident(lambda: VideoUNet(stage.unet), self.folder / stage.name, self.device, self.dtype)
 
     def encode(self, prompts: list[str]) -> TextEmbedding:
         """Prompts through T5, from the disk cache where it has them; the encoder is freed before the first stage is loaded."""
@@ -108,7 +125,7 @@ class Cascade:
             passes = start_index(start, steps) * stage.chunks
             progress.on_stage(stage, passes)
             began = time.perf_counter()
-            with weights.resident(lambda stage=stage: VideoUNet(stage.unet), self.folder / stage.name, self.device, self.dtype) as network:
+            with self.network(stage) as network:
                 run = StageRun(stage, network, text, settings, steps, (settings.seed,), progress.on_step)
                 before = run.base(z, start) if stage.name == "base" else run.super_resolution(before)
                 parameters = sum(p.numel() for p in network.parameters())

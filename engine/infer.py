@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, metavar="PATH",
                         help=".mp4, .gif, .npy, or a folder for PNG frames; default out/<command>.mp4")
+    output.add_argument("--finetuned", type=Path, metavar="DIR",
+                        help="what engine.finetune made of a clip (its OUT/product); in --prompt, the token that the clip was learned by "
+                             "stands for it (sks by default), and is not required")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--strength", type=float, metavar="S",
                         help="noise on the input, the paper's s: 0 keeps it, 1 ignores it; default 0.8")
@@ -84,7 +87,8 @@ def run(args) -> None:
     out = args.out or Path("out", f"{args.command}.mp4")
     video = {"edit": lambda: args.video, "demo": lambda: config_root() / "demo" / "clip.mp4", "generate": lambda: None}[args.command]()
     outputs.check_output(out, video)
-    cascade = Cascade.load(args.cascade, config.device, config.dtype, STAGE_ORDER[: STAGE_ORDER.index(config.last_stage) + 1])
+    cascade = Cascade.load(args.cascade, config.device, config.dtype, STAGE_ORDER[: STAGE_ORDER.index(config.last_stage) + 1],
+                           args.finetuned)
     progress = Console(args)
     if video is None:
         result = dreamix.generate(cascade, args.prompt, config, progress)

@@ -53,15 +53,20 @@ def file_hash(path: Path) -> str | None:
 
 def manifest(cascade: Cascade, config: SampleConfig, prompt: str, result: Result, command: str, video: Path | None) -> dict:
     """Everything needed to make the same output again, and to see whether it is the same."""
-    last = cascade.config.stage(config.last_stage)
+    last, overlay = cascade.config.stage(config.last_stage), cascade.overlay
+
+    def weights_sha256(stage: str) -> str:
+        return overlay.weights_sha256(stage) if overlay is not None and stage in overlay else fingerprint(cascade.folder / stage)
+
     return {
         "dreamix": __version__, "command": command, "prompt": prompt, "config": config.model_dump(mode="json"),
         "input": None if video is None else {"name": Path(video).name, "sha256": file_hash(video), "seconds": result.duration},
         "output": {"frames": len(result.output), "height": last.height, "width": last.width, "fps": str(result.fps),
                    "sha256": video_hash(result.output)},
         "cascade": {"name": cascade.config.name, "stages": {
-            report.stage: {"weights_sha256": fingerprint(cascade.folder / report.stage), "steps": report.steps,
+            report.stage: {"weights_sha256": weights_sha256(report.stage), "steps": report.steps,
                            "chunk_frames": cascade.config.stage(report.stage).chunk_frames} for report in cascade.reports}},
+        "finetuned": None if overlay is None else overlay.about(),
         "device": str(cascade.device), "dtype": dtype_name(cascade.dtype), "notes": list(result.notes),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "seconds": {report.stage: round(report.seconds, 3) for report in cascade.reports}}
