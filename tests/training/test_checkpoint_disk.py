@@ -122,7 +122,15 @@ def metrics(disk, shrink):
     log = Metrics(disk / "metrics.jsonl", {})
     log.write({"stage": "base", "step": 1, "loss": "l" * 2000})
     shrink(2100)
-    return fails(disk, lambda: [log.write({"stage": "base", "step": 2, "loss": "l" * 1500}) for _ in range(99)], kept=lambda _: tree(disk))
+
+    def kept(before):                                             # whole lines, as many as went in, and nothing else
+        lines = (disk / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        whole = all(line.endswith(b"\n") and json.loads(line)["step"] == step for step, line in enumerate(lines, 1))
+        return tree(disk) if whole and len(lines) == len(told) else before
+
+    told = [0]
+    return fails(disk, lambda: [(log.write({"stage": "base", "step": step, "loss": "l" * 1500}), told.append(step))
+                                for step in range(2, 300)], kept)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """One run per folder, a signal that becomes a flag, and ranks that do not outlive their launcher."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,40 +16,6 @@ from engine.training.guards import RunLock, Signals, watch_parent
 from engine.training.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
-
-
-class Threads(Ranks):
-    """Two ranks in one process."""
-
-    world = 2
-
-    def __init__(self, rank, barrier, values):
-        self.rank, self.meet, self.values = rank, barrier, values
-
-    def gather(self, value):
-        self.values[self.rank] = value
-        self.meet.wait(10)
-        values = list(self.values)
-        self.meet.wait(10)
-        return values
-
-
-def pair(job):
-    """job(ranks) on two ranks -> what each returned or raised."""
-    barrier, values, answers = threading.Barrier(2), [None, None], [None, None]
-
-    def run(rank):
-        try:
-            answers[rank] = job(Threads(rank, barrier, values))
-        except Exception as error:
-            answers[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return answers
 
 
 def child(job):
@@ -112,10 +78,10 @@ def test_other_folders_are_free(tmp_path):
 def test_a_worker_that_outlives_its_run_does_not_hold_the_lock(tmp_path):
     def job(say):
         with RunLock(tmp_path):
-            if (worker := os.fork()) == 0:
+            if os.fork() == 0:
                 signal.alarm(10)
+                say(os.getpid())
                 time.sleep(10)
-            say(worker)
             time.sleep(30)
 
     pid, said = child(job)
@@ -137,6 +103,20 @@ def test_a_lock_that_was_removed_is_no_lock(tmp_path):
             RunLock(tmp_path).__enter__()
 
 
+def test_a_lock_removed_while_it_is_taken_is_taken_again(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def racing(handle, how):
+        flock(handle, how)
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", racing)
+    with RunLock(tmp_path) as lock:
+        assert len(calls) == 2 and os.path.samestat(os.fstat(lock.handle), os.stat(tmp_path / ".lock"))
+
+
 def test_the_lock_is_no_way_to_another_file(tmp_path):
     (tmp_path / "precious").write_text("words")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
@@ -145,10 +125,23 @@ def test_the_lock_is_no_way_to_another_file(tmp_path):
     assert (tmp_path / "precious").read_text() == "words"
 
 
+class Second(Ranks):
+    """Rank 1, beside a rank 0 that was `told` something."""
+
+    rank, world = 1, 2
+
+    def __init__(self, told):
+        self.told = told
+
+    def gather(self, value):
+        return [(None, self.told), value]
+
+
 def test_all_ranks_hear_of_the_lock(tmp_path):
-    with RunLock(tmp_path):
-        first, second = pair(lambda ranks: RunLock(tmp_path, ranks).__enter__())
-    assert isinstance(first, LockedError) and isinstance(second, LockedError) and f"process {os.getpid()} " in str(second)
+    with RunLock(tmp_path), pytest.raises(LockedError, match="rank 0: run: process 12 is using it"):
+        RunLock(tmp_path, Second((7, "run: process 12 is using it"))).__enter__()
+    with RunLock(tmp_path), RunLock(tmp_path, Second(None)):            # rank 0 alone takes it
+        pass
 
 
 @pytest.mark.fault
