@@ -363,3 +363,91 @@ def test_the_input_is_never_the_output(run, clip):
     before = clip.read_bytes()
     code, out, err = run("edit", "--video", clip, "--prompt", PROMPT, "--out", clip)
     assert code == 2 and "input" in err and not out and clip.read_bytes() == before
+
+
+# --- with what a finetuning left ---
+
+@pytest.fixture(scope="module")
+def product(tiny, tmp_path_factory):
+    """A product of the base: its weights, each a little off."""
+    from engine.config import FinetuneConfig
+    from engine.training.product import write
+
+    def learned(stage):
+        for name, value in load_file(tiny / stage / WEIGHTS_NAME).items():
+            yield name, value + 0.05
+
+    return write(tmp_path_factory.mktemp("run") / "product", Cascade.load(tiny, "cpu", "fp32"), FinetuneConfig(stages=("base",)), learned)
+
+
+def record_of(name):
+    return json.loads(Path("out", name).read_text())
+
+
+def test_finetuned(run, clip, product):
+    """Both edits come from the one product; the manifest says which, and of which weights each stage was; s stays the paper's default."""
+    line = ["edit", "--video", clip, "--stages", "base..tsr1", "--finetuned", product]
+    assert run(*line, "--prompt", "sks")[::2] == (0, "")
+    first = record_of("edit.json")
+    assert run(*line, "--prompt", PROMPT)[0] == 0
+    second = record_of("edit.json")
+    assert run(*line[:-2], "--prompt", PROMPT)[0] == 0
+    plain = record_of("edit.json")
+    assert len({record["output"]["sha256"] for record in (first, second, plain)}) == 3
+    assert first["finetuned"] == second["finetuned"] == {
+        "sha256": outputs.file_hash(product / "dreamix.json"), "prompt": "sks", "stages": ["base"]} and plain["finetuned"] is None
+    hashes = {name: stage["weights_sha256"] for name, stage in second["cascade"]["stages"].items()}
+    before = {name: stage["weights_sha256"] for name, stage in plain["cascade"]["stages"].items()}
+    assert hashes["base"] == outputs.file_hash(product / "base" / WEIGHTS_NAME) != before["base"] and hashes["tsr1"] == before["tsr1"]
+    assert second["config"] == plain["config"] and second["config"]["strength"] == 0.8
+
+
+def test_finetuned_demo_and_generate(run, product):
+    for line in (["demo"], ["generate", "--prompt", PROMPT]):
+        seen = []
+        for flags in ([], ["--finetuned", product]):
+            assert run(*line, "--stages", "base", *flags)[0] == 0
+            seen.append(record_of(f"{line[0]}.json")["output"]["sha256"])
+        assert seen[0] != seen[1]
+
+
+def test_help_names_the_token(capsys):
+    from engine.config import FinetuneConfig
+
+    for command in ("edit", "generate", "demo"):
+        with pytest.raises(SystemExit):
+            infer.main([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "--finetuned DIR" in said and f"({FinetuneConfig().rare_token} by default)" in said
+
+
+@pytest.mark.parametrize("kind", ["none", "flipped", "truncated", "no stage", "extra", "other cascade", "traversal", "format"])
+def test_a_damaged_product_is_4(run, tiny, tmp_path, workplace, product, kind):
+    from engine.runtime.overlay import sealed
+
+    folder, cascade = shutil.copytree(product, tmp_path / "damaged"), tiny
+    path, record = folder / "base" / WEIGHTS_NAME, json.loads((folder / "dreamix.json").read_text())
+    if kind == "none":
+        shutil.rmtree(folder)
+    elif kind == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 64
+        path.write_bytes(data)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif kind == "no stage":
+        shutil.rmtree(folder / "base")
+    elif kind == "extra":
+        (folder / "base" / "more.safetensors").write_bytes(b"")
+    elif kind == "other cascade":
+        cascade = shutil.copytree(tiny, tmp_path / "mine")
+        save_file(load_file(tiny / "base" / WEIGHTS_NAME), cascade / "base" / WEIGHTS_NAME, {"made": "by another"})
+    else:
+        del record["sha256"]
+        if kind == "traversal":
+            record["files"]["../../x"] = record["files"].pop(f"base/{WEIGHTS_NAME}")
+        record["format"] += "0" * (kind == "format")
+        (folder / "dreamix.json").write_text(sealed(record))
+    says = {"flipped": "bytes of base/", "other cascade": record["base"]["stages"]["base"], "traversal": "'../../x' is unknown",
+            "format": "want a product in the format"}.get(kind, "damaged")
+    refused(run("generate", "--prompt", PROMPT, "--cascade", cascade, "--finetuned", folder), 4, says, workplace)

@@ -230,7 +230,7 @@ def _verify(folder: Path, record: Record) -> None:
     if record.base.stages.keys() != record.stages.keys():
         raise WeightsError(f"{plain(folder / RECORD)}: base.stages: want those of stages, {' '.join(record.stages)}, "
                            f"got {' '.join(record.base.stages)}")
-    if strange := sorted(record.files.keys() ^ set(want)):
+    if strange := sorted(record.files.keys() - set(want)) + sorted(set(want) - record.files.keys()):
         raise WeightsError(f"{plain(folder / RECORD)}: files: want {', '.join(want)}; {short(strange[0])} is "
                            f"{'unknown' if strange[0] in record.files else 'missing'}")
     found = []
