@@ -111,6 +111,7 @@ def test_a_lock_removed_while_it_is_taken_is_taken_again(tmp_path, monkeypatch):
         calls.append(handle)
         if len(calls) == 1:
             (tmp_path / ".lock").unlink()
+            (tmp_path / ".lock").touch()
 
     monkeypatch.setattr(fcntl, "flock", racing)
     with RunLock(tmp_path) as lock:
