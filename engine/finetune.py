@@ -91,11 +91,11 @@ def preset(args) -> Path | None:
     return Path(args.config)
 
 
-def zero_settings(args) -> Path | None:
+def zero_settings(args, world: int = 1) -> Path | None:
     """DeepSpeed's settings, or None: without DeepSpeed, which saves nothing on one GPU."""
     from engine.paths import config_root
 
-    name = args.deepspeed or ("zero3" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None)
+    name = args.deepspeed or ("zero3" if world > 1 else None)
     if name is None:
         return None
     bundled = config_root() / "deepspeed" / f"{name}.json"
@@ -106,7 +106,7 @@ def run(args) -> int:
     from contextlib import ExitStack
     from functools import partial
 
-    config, zero = settings(args), zero_settings(args)
+    config, zero = settings(args), zero_settings(args, int(os.environ.get("WORLD_SIZE", 1)))
     if not (args.video or args.images) or not args.out:
         raise ConfigError("want --video CLIP or --images DIR, and --out DIR")
     import torch
@@ -142,6 +142,37 @@ def run(args) -> int:
     return code
 
 
+def plan(args) -> int:
+    """Memory and time of each stage under the settings given; nothing is loaded.   Raises: OutOfMemory if one does not fit."""
+    config = settings(args)
+    import torch
+
+    from engine.cascade_folder import find_cascade
+    from engine.finetune_plan import kinds_of, table
+    from engine.finetune_plan import plan as make_plan
+    from engine.runtime.device import dtype_name, resolve_device, resolve_dtype
+    from engine.runtime.memory import GB, Policy
+
+    zero = zero_settings(args, args.gpus)
+    if args.gpu_memory is not None:                          # a machine that is not this one: what its host has is not asked
+        gpu, host, dtype = round(args.gpu_memory * GB), None, "fp32" if config.dtype == "fp32" else "bf16"
+    else:
+        device = resolve_device(config.device)
+        gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        dtype = dtype_name(resolve_dtype(config.dtype, device)).replace("fp16", "fp32")
+    try:
+        policy = Policy.of(config, dtype, json.loads(zero.read_text("utf-8")) if zero is not None else None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plan: {error}") from error
+    records = make_plan(find_cascade(args.cascade)[1], config.stages, world=args.gpus, gpu_bytes=gpu, host_bytes=host, policy=policy,
+                        kinds=kinds_of(config), accumulate=config.accumulate)
+    print(table(records))
+    if refused := [record["refusal"] for record in records if not record["fits"]]:
+        raise OutOfMemory("; ".join(refused))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
@@ -160,10 +191,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {problem}", file=sys.stderr)
             return problem.exit_code
         raise
-
-
-def plan(args) -> int:
-    raise ConfigError("--plan: not there yet")
 
 
 if __name__ == "__main__":

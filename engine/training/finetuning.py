@@ -23,7 +23,7 @@ from engine.models.text import TextEmbedding
 from engine.models.unet import VideoUNet
 from engine.runtime import weights
 
-from . import checkpoint
+from . import checkpoint, product
 from .finetune_data import Source, StageData
 from .guards import RunLock, Signals, SpikeGuard
 from .metrics import Metrics
@@ -63,7 +63,7 @@ class Finetuning:
         Raises: UserError subclasses, each with its exit code.
         """
         with RunLock(self.out, self.ranks), self.signals, ExitStack() as stack:
-            self.source.check(self.config)
+            together(self.ranks, self._check)
             identity = self._identity()
             notes: list[str] = []
             found = {name: checkpoint.latest(self._root(name), notes=notes, ranks=self.ranks) for name in self.stages}
@@ -88,6 +88,12 @@ class Finetuning:
             except Stopped:
                 return max(self.ranks.gather(self.signals.exit_code))
         return 0
+
+    def _check(self) -> None:
+        """What would fail at the end fails at the beginning."""
+        self.source.check(self.config)
+        if self.first:
+            product.check_target(self.out / "product")
 
     def _root(self, stage: str) -> Path:
         return self.out / stage / "checkpoints"
@@ -131,9 +137,7 @@ class Finetuning:
             engine.close()
 
     def _publish(self) -> None:
-        from .product import write
-
-        write(self.out / "product", self.cascade, self.config, self.finetuned)
+        product.write(self.out / "product", self.cascade, self.config, self.finetuned, ranks=self.ranks)
 
 
 class StageFinetuning:

@@ -108,7 +108,7 @@ class PlainEngine:
             if p.grad is not None:
                 self.norms[name] = p.grad.float().norm()
         norm = torch.stack([self.norms[name] for name in params if name in self.norms]).norm().item()
-        scale = min(1.0, self.config.clip / max(norm, 1e-12))
+        scale = min(1.0, self.config.clip / (norm + 1e-6))             # as PyTorch's and DeepSpeed's clipping
         loss, norms_of = self.waiting, self.norms.keys()
         self.waiting, self.norms = None, {}
         if skip or not norm < float("inf"):
