@@ -28,6 +28,7 @@ from engine.runtime import weights
 
 from . import zero_state
 from .finetune_optimizer import _bitsandbytes
+from .plain_engine import offload_hooks
 from .zero_settings import deepspeed_settings
 
 PORT_HINT = "another run has this port: give `deepspeed` a free one, --master_port N"
@@ -98,8 +99,14 @@ class ZeroEngine:
     def network(self, *args, **kwargs) -> Tensor:
         """As `VideoUNet.forward`; every rank must call it as often."""
         # a block that is computed again must run to its end: DeepSpeed lets go of a layer's weights when the layer returns
-        with set_checkpoint_early_stop(False):
+        with set_checkpoint_early_stop(False), self.saving():
             return self.engine(*args, **kwargs)
+
+    def saving(self):
+        """Where the backward pass's tensors wait, if activations are offloaded."""
+        if not (self.config.activation_offload and torch.is_grad_enabled()):
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(*weights_aside(list(self.names), *offload_hooks(self.device, set())))
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -181,6 +188,23 @@ class ZeroEngine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def weights_aside(parameters: list[Tensor], pack: Callable, unpack: Callable) -> tuple[Callable, Callable]:
+    """Saved-tensor hooks that leave weights to ZeRO-3: what the hooks are shown is a second hold on a layer's gathered weights, which
+    would keep the whole network in memory. The parameter itself is kept in its place: in the backward pass it has been gathered again."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for p in parameters:
+        shapes.setdefault(torch.Size(p.ds_shape), []).append(p)
+
+    def pack_all(tensor: Tensor):
+        mine = (p for p in shapes.get(tensor.shape, ()) if p.data_ptr() == tensor.data_ptr())
+        return owner if (owner := next(mine, None)) is not None else pack(tensor)
+
+    def unpack_all(packed):
+        return packed.data if isinstance(packed, torch.nn.Parameter) else unpack(packed)
+
+    return pack_all, unpack_all
 
 
 def keep_for_backward(offload) -> None:

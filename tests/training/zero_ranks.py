@@ -186,8 +186,11 @@ def number_formats(tiny, out):
 def passes(tiny, out):
     run(tiny, out, "accumulated", draws=3, accumulate=3)
     for stage in ("base", "ssr1"):
-        run(tiny, out, f"checkpointed-{stage}", stage=stage, settings=out / "pieces.json", gradient_checkpointing=True)
-        run(tiny, out, f"kept-{stage}", stage=stage, settings=out / "pieces.json")
+        common = {"stage": stage, "settings": out / "pieces.json"}
+        run(tiny, out, f"checkpointed-{stage}", gradient_checkpointing=True, **common)
+        run(tiny, out, f"elsewhere-{stage}", activation_offload=True, **common)
+        run(tiny, out, f"both-{stage}", activation_offload=True, gradient_checkpointing=True, **common)
+        run(tiny, out, f"kept-{stage}", **common)
 
 
 def offloaded(tiny, out):
