@@ -37,7 +37,7 @@ class Case:
     arguments: dict[str, Any]
     constants: dict[str, Any]                              # name -> value of a constexpr
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages
-    archs: tuple[int, ...] = (80, 90)
+    min_shared_bytes: int = 0                              # parts with less never launch it
 
 
 def compile_case(case: Case, arch: int) -> dict:
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the rows as JSON lines")
     args = parser.parse_args(argv)
     rows = []
-    work = [(op, i, arch) for op in args.op or TRITON_OPS for i, case in enumerate(cases(op)) for arch in args.arch if arch in case.archs]
+    work = [(op, i, arch) for op in args.op or TRITON_OPS for i, case in enumerate(cases(op)) for arch in args.arch
+            if case.min_shared_bytes <= SHARED_LIMIT_BYTES[arch]]
     print(f"{'kernel':<72} {'arch':<6} {'regs':>5} {'spill B':>8} {'shared B':>9} {'dot':<9} warps stages")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(_row, *zip(*work), chunksize=4):

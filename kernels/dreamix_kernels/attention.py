@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import first_line, require_agreement
+from .dispatch import alone, capturing, first_line, require_agreement
 
 # q [N, h, P, d]; k, v [N, h, S, d]; mask bool [N, 1, 1, S] -> like q
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -50,7 +50,7 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, ma
     mask = torch.arange(40, device=device) < torch.tensor([40, 33], device=device)[:, None]
     mask = mask[:, None, None] if masked else None
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
+        with alone(device, gradients):
             ours, exact = ([x.detach().to(to).requires_grad_(gradients) for x in (q, k, v)] for to in (dtype, torch.float64))
             got, want = _backends[name](*ours, mask), _products(*exact, mask)
             require_agreement("the output", got.detach(), want.detach())
@@ -65,6 +65,8 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, ma
 
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, masked: bool, gradients: bool) -> str:
     """The first backend that works there. Those refused before it are told once."""
+    if capturing(device):
+        return "sdpa"
     for name in list(_backends)[:-1]:
         known = probe.cache_info().currsize
         reason = probe(name, device, dtype, head_dim, masked, gradients)

@@ -1,14 +1,15 @@
-"""Which implementation of an op runs on a tensor: Triton on a GPU, compiled C++ on the CPU, PyTorch wherever those have not proved
-themselves.
+"""Which implementation of an op runs on a tensor: Triton on a GPU, compiled C++ on the CPU, PyTorch
+wherever those have not proved themselves.
 
 DREAMIX_KERNELS=auto (default) decides so; `torch` takes PyTorch alone; `triton` insists on Triton and raises where it cannot be had. A
-kernel proves
-itself on first use on a device and dtype: the `self_check` of its module compares it with the op's definition, output and gradients. One
-that fails, or does not compile, is left out with one warning and never runs.
+kernel proves itself on first use on a device and dtype: the `self_check` of its module compares it with the op's definition, output and
+gradients. One that fails, or does not compile, is left out with one warning and never runs.
 """
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 
@@ -20,7 +21,7 @@ TRITON_OPS = ("temporal_attention", "temporal_conv", "group_norm_silu")        #
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_OPS = ("temporal_attention", "group_norm_silu")                         # those in native.cpp
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-NO_COMPILER = "there is no C++ compiler"
+NO_COMPILER = "there is no GNU C++ compiler"
 
 # (op_kind, device, dtype); None: it agrees with its reference
 _verdicts: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
@@ -76,13 +77,26 @@ def require_possible(device: torch.device) -> None:
         raise RuntimeError(f"DREAMIX_KERNELS=triton: {reason}, and this run is on {device}")
 
 
+@contextmanager
+def alone(device: torch.device, gradients: bool = True) -> Iterator[None]:
+    """For checks at first use: the pass they interrupt (inference mode, autocast, the recording of a checkpointed block) is not theirs."""
+    own = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False), own:
+        yield
+
+
+def capturing(device: torch.device) -> bool:
+    """True while a CUDA graph is captured, in which no check can run: warm up first, as every capture must."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _verdict(op: str, device: torch.device, dtype: torch.dtype, kind: str = "triton") -> str | None:
     """None, or why the op's own kernel must not be used there. The check runs once."""
     key = (f"{op}_{kind}", device, dtype)
     if key not in _verdicts:
         try:
             module = import_module("dreamix_kernels.native_check" if kind == "native" else f"dreamix_kernels.{op}_triton")
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            with alone(device):
                 module.self_check(*([op] if kind == "native" else []), device, dtype)
             _verdicts[key] = None
         except Exception as problem:   # whatever a compiler raises: the op has another implementation
@@ -106,18 +120,20 @@ def use_native(op: str, x: Tensor) -> bool:
 
 
 def use_triton(op: str, x: Tensor) -> bool:
-    """True if the op's Triton kernel is to run on tensors like x.
+    """True if the op's Triton kernel is to run on tensors like x, as far as it takes their shape.
 
-    Raises: ValueError for a wrong DREAMIX_KERNELS; RuntimeError if it says `triton` and the kernel cannot run here.
+    Raises: ValueError for a wrong DREAMIX_KERNELS; RuntimeError if it says `triton` and no kernel of the op can run here.
     """
     chosen = mode()
+    if x.device.type == "meta":        # only shapes are asked for
+        return False
     if chosen == "torch" or (chosen == "auto" and _on_cpu(x.device)):
         return False
     reason = _impossible(x.device, x.dtype)
     if reason is None:
         known = (f"{op}_triton", x.device, x.dtype) in _verdicts
-        if not known and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False               # a check cannot run inside a graph capture: warm up first, as every capture must
+        if not known and capturing(x.device):
+            return False
         reason = _verdict(op, x.device, x.dtype)
         if reason is not None and not known and chosen == "auto":
             _warn(op, x.device, x.dtype, reason)

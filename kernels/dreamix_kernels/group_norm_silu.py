@@ -7,6 +7,7 @@ one has already seen every element, it hands the statistics on, and x is read on
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
 from .dispatch import use_native, use_triton
@@ -122,6 +123,7 @@ class GroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, mean, rstd, gain, offset, weight, bias, scale = ctx.saved_tensors
         wide, dy = gain.dtype, dy.contiguous()

@@ -67,13 +67,6 @@ def _walk(kind: str, x: Tensor) -> tuple[dict[str, int], tuple[int, ...], int]:
     return chosen, (P, C // chosen["UNIT"], pixels_per_part, parts, blocks), N * parts * blocks
 
 
-def _rows(scale: Tensor | None) -> tuple[Tensor | None, int]:
-    """scale or shift as the kernels read it, and the distance of its rows: a half of a wider tensor is not copied."""
-    if scale is not None and scale.stride(-1) != 1:
-        scale = scale.contiguous()
-    return scale, 0 if scale is None else scale.stride(0)
-
-
 def _statistics(x: Tensor, b: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     """(x, its statistics), or (x + b, its statistics)."""
     chosen, sizes, programs = _walk("statistics", x)

@@ -16,7 +16,8 @@ SDPA_BATCH_LIMIT = 65536               # its kernels refuse as many sequences: "
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, independent_frames: Tensor | None = None) -> Tensor:
     """Softmax attention over T at each pixel, with an additive bias.
 
-    Shapes: q, k, v [B, T, H, W, heads, head_dim], any strides; bias [heads, T, T]; independent_frames bool [B] or None -> like v.
+    Shapes: q, k, v [B, T, H, W, heads, head_dim], any strides; bias [heads, T, T]; independent_frames bool [B] or None -> like v
+    (v itself where every sample is one of independent frames and no gradient is recorded).
     Raises: ValueError if a shape is another, or the mask is not bool.
     Source: Imagen Video Sec. 2.1; the mask is Sec. 4.2 of Dreamix ("only pays attention within each frame").
     """

@@ -1,8 +1,7 @@
 """The residual convolution over three frames, bypassed for independent frames: x + conv(silu(norm(x))), or x.
 
-In PyTorch the convolution is a 2-D one on a view, the image of height T and width H*W: no copies, and cuDNN and oneDNN run it at full
-speed in channels
-last, where Conv3d takes slow or faulty paths. On a GPU the narrow widths, where memory is the limit, are one Triton kernel.
+In PyTorch the convolution is a 2-D one on a view, the image of height T and width H*W: no copies, and cuDNN and oneDNN run it at full speed
+in channels last, where Conv3d takes slow or faulty paths. On a GPU the narrow widths, where memory is the limit, are one Triton kernel.
 """
 
 import torch
@@ -37,6 +36,7 @@ def temporal_conv_block(x: Tensor, groups: int, norm_weight: Tensor, norm_bias: 
     [B*T, groups, 2] = (mean, biased variance) of x per frame, or None: computed -> y like x, and the statistics of y for a GroupNorm
     of next_groups groups, fp32 [B*T, next_groups, 2], or None where they do not come in the same pass (or next_groups is None).
     `inplace` allows y to be written over x, so that bypassed samples cost nothing; only without gradients, and only a permission.
+    Where every sample is bypassed, y may be x itself.
     Raises: ValueError if a shape is another, the mask is not bool, or inplace is asked for with gradients.
     Source: paper Sec. 4.2 ("masking the residual temporal convolution blocks").
     """

@@ -63,9 +63,8 @@ def triton(monkeypatch):
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch, device):
     """It cuts fp32 off to bf16, where a GPU rounds to the nearest: here it rounds too. And most of its time goes into preparing
-    triton.language
-    for every function that a kernel calls, at every call (the kernel's own preparation will do, and one of each of Triton's modules), and
-    into looking for integers that overflow (these are small)."""
+    triton.language for every function that a kernel calls, at every call (the kernel's own preparation will do, and one of each of
+    Triton's modules), and into looking for integers that overflow (these are small)."""
     if device.type == "cuda":
         return
     try:

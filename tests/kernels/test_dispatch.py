@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from dreamix_kernels import attention, dispatch, group_norm_silu
 
@@ -100,6 +101,37 @@ def test_a_kernel_that_does_not_compile_is_left_out(device, gpu_like, monkeypatc
     monkeypatch.setattr(module("temporal_conv"), "self_check", fail)
     with pytest.warns(UserWarning, match="temporal_conv runs in PyTorch on .*: PTX was too modern$"):
         assert not dispatch.use_triton("temporal_conv", torch.zeros(1, device=device))
+
+
+def test_a_first_use_may_be_inside_a_recomputed_block(monkeypatch):
+    """The check's own backward pass is no part of the block's, and the block's is not begun by it."""
+    monkeypatch.setenv("DREAMIX_KERNELS", "auto")
+    x, weight, bias = torch.randn(1, 2, 30, 10, 8, requires_grad=True), torch.ones(8), torch.zeros(8)
+
+    def block(x):
+        h = group_norm_silu(x.flatten(0, 1), 2, weight, bias).view(1, 2, 300, 2, 4)
+        return attention.spatial_attention(h, h, h)                       # 300 keys: SDPA, which is probed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got, = torch.autograd.grad(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum(), x)
+    want, = torch.autograd.grad(block(x).sum(), x)
+    assert torch.equal(got, want)
+    assert attention.probe("sdpa", x.device, x.dtype, 4, False, True) is None
+
+
+def test_only_shapes_are_asked_for_on_meta(triton):
+    x, one = torch.empty(2, 3, 4, 8, device="meta"), torch.empty(8, device="meta")
+    assert group_norm_silu(x, 2, one, one).shape == x.shape
+
+
+@pytest.mark.parametrize("word", ["auto", "torch"])
+def test_second_derivatives_are_refused(word, monkeypatch):
+    """They would be silently wrong."""
+    monkeypatch.setenv("DREAMIX_KERNELS", word)
+    x, weight = torch.randn(1, 2, 3, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    first, = torch.autograd.grad(group_norm_silu(x, 2, weight, torch.zeros(4)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_the_report_names_every_op(device, triton):
