@@ -11,7 +11,7 @@ from engine.config import CascadeConfig, FinetuneConfig, StageConfig
 from engine.diffusion.loss import diffusion_loss
 from engine.diffusion.schedule import COSINE, add_noise
 from engine.errors import OutOfMemory
-from engine.models.unet import VideoUNet
+from engine.models.unet import Block, VideoUNet
 from engine.runtime import stand_ins
 from engine.runtime.memory import CARDS, GB, WORLDS, Need, Pass, Policy, best, fits, ladder, need, refuse
 from engine.runtime.roofline import Meter, Offloaded
@@ -47,13 +47,15 @@ def _ops_of(device: str):
 def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, device: str, recompute: bool, offload: bool,
          in_backward: int = 0) -> Pass:
     where = "meta" if device == "cuda" else "cpu"
+    mask = stand_ins.Mask(independent, where)
     with _ops_of(device), torch.device(where):
-        network = VideoUNet(stage.unet).to(dtype)
+        network = VideoUNet(stage.unet)
+        for p in network.parameters():
+            p.data = p.data.to(dtype)
         network.gradient_checkpointing = recompute
         parameters = list(network.parameters())
         video = torch.empty(len(independent), stage.frames, stage.height, stage.width, 3)
         text, text_mask = torch.empty(len(video), TEXT_TOKENS, stage.unet.text_dim), torch.empty(len(video), TEXT_TOKENS, dtype=torch.bool)
-        mask = stand_ins.Mask(list(independent), where)
         meter = Meter()
         meter.hold([*parameters, video, text, text_mask])
 
@@ -86,7 +88,8 @@ def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, 
             applying = True
             if in_backward:
                 loss.backward()
-        return Pass(sum(p.numel() for p in parameters), max(p.numel() for p in parameters), activations, meter.peak, meter.peak_with_aside,
+        blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, Block)]
+        return Pass(tuple(p.numel() for p in parameters), max(blocks), activations, meter.peak, meter.peak_with_aside,
                     hooks.bytes if offload else 0, meter.flops, meter.moved, meter.seconds)
 
 
@@ -107,7 +110,7 @@ def measure(stage: StageConfig, policy: Policy, world: int, *, kinds: tuple[bool
     passes = min(accumulate, len(units))
     dtype = torch.bfloat16 if policy.dtype == "bf16" else torch.float32
     cost = walk(stage, units[: -(-len(units) // passes)], dtype, "cpu" if on_cpu else "cuda", policy.gradient_checkpointing,
-                policy.activation_offload and not on_cpu, policy.step_tensors if policy.in_backward else 0)
+                policy.activation_offload and not on_cpu, policy.step_tensors(on_cpu) if policy.in_backward else 0)
     return need(cost, policy, world, on_cpu=on_cpu, passes=passes)
 
 

@@ -25,8 +25,8 @@ DISK_STAGING = 16 * GB                 # estimate: pinned host memory through wh
 class Pass(NamedTuple):
     """One forward and backward pass of a rank. Bytes, where nothing else is said."""
 
-    parameters: int               # numbers
-    largest_parameter: int        # numbers
+    sizes: tuple[int, ...]        # numbers of each parameter, in the network's order
+    largest_block: int            # numbers that are gathered together
     activations: int              # kept from forward to backward
     peak: int                     # alive at once, gradients counted until each is complete
     peak_with_gradients: int      # alive at once, with all gradients made so far
@@ -35,11 +35,15 @@ class Pass(NamedTuple):
     moved: int                    # read and written by all ops
     seconds: float                # by the roofline, op for op
 
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
 
 class Zero(NamedTuple):
     """ZeRO-3's sizes, in numbers (bytes of one where said). Defaults: those of configs/deepspeed."""
 
-    live: int = 200_000_000       # gathered weights at a time, besides the layer that runs
+    live: int = 200_000_000       # gathered weights at a time, besides the block that runs
     bucket: int = 20_000_000      # gradients summed at a time
     group: int = 100_000_000      # a rank's numbers stepped at a time
     gradient_bytes: int = 4       # of a summed gradient
@@ -92,7 +96,7 @@ class Policy:
 
     @property
     def master_bytes(self) -> int:
-        return 4 if self.dtype == "bf16" and self.master == "fp32" else 0
+        return 4 if self.zero3 or (self.dtype == "bf16" and self.master == "fp32") else 0       # DeepSpeed has a copy for fp32 passes too
 
     @property
     def state_bytes_per_parameter(self) -> float:
@@ -100,11 +104,14 @@ class Policy:
         gradients = 0 if self.in_backward else self.zero.gradient_bytes if self.zero3 else self.weight_bytes
         return self.weight_bytes + gradients + self.master_bytes + MOMENT_BYTES[self.optimizer]
 
-    @property
-    def step_tensors(self) -> int:
-        """fp32 copies of a tensor while it is stepped: its gradient, and what Adam or the rounding needs beside it."""
+    def step_tensors(self, on_cpu: bool = False) -> int:
+        """fp32 copies of a tensor while it is stepped: its gradient, and what Adam or the rounding needs beside it.
+
+        bitsandbytes has one kernel on a GPU; on the CPU it is written out, with both moments in fp32.
+        """
         stochastic = self.master == "stochastic" and self.dtype == "bf16"
-        return (4 if stochastic else 3) if self.optimizer == "adamw" else 3 if stochastic else 1
+        adam = {"adamw": 2, "fused": 0, "adamw8bit": 5 if on_cpu else 0}[self.optimizer]
+        return 1 + max(adam + stochastic, 2 * stochastic)
 
     def __str__(self) -> str:
         parts = [{"adamw": "Adam", "adamw8bit": "8-bit Adam", "fused": "fused Adam"}[self.optimizer],
@@ -166,17 +173,18 @@ def need(cost: Pass, policy: Policy, world: int, card: Card = H200, on_cpu: bool
     state = round(resident * P / share)
     zero = policy.zero
     if policy.zero3:
-        gathered = 0 if world == 1 and policy.offload_parameters == "none" else w * min(P, zero.live + cost.largest_parameter)
-        bucket = (w + zero.sent_bytes) * min(P, max(zero.bucket, cost.largest_parameter))        # and its copy in the format it is sent in
+        gathered = 0 if world == 1 and policy.offload_parameters == "none" else w * min(P, zero.live + cost.largest_block)
+        bucket = (w + zero.sent_bytes) * min(P, max(zero.bucket, max(cost.sizes)))        # and its copy in the format it is sent in
         gradients = 0 if policy.offload_optimizer != "none" else round(zero.gradient_bytes * P / share)
-        step = 4 * (1 + policy.step_tensors) * min(P // share, max(zero.group, cost.largest_parameter // share))
+        step = 4 * (1 + policy.step_tensors(on_cpu)) * min(P // share, zero.group + max(cost.sizes) // share)
         working = max(cost.peak + gathered + bucket, step * (policy.offload_optimizer == "none"))
     elif policy.in_backward:
         gradients, working = 0, cost.peak
     else:
         gradients = w * P
-        working = max(cost.peak_with_gradients if passes == 1 else gradients + cost.peak,
-                      gradients + 4 * policy.step_tensors * cost.largest_parameter) - gradients
+        norms = 4 * max(cost.sizes) * (w < 4)                        # of fp32 copies, one at a time
+        working = max(cost.peak_with_gradients - gradients if passes == 1 else cost.peak, norms,
+                      _stepping(cost.sizes, w, 4 * policy.step_tensors(on_cpu)) - gradients)
     host = disk = 0
     for what, where in ((policy.master_bytes + moments + zero.gradient_bytes, policy.offload_optimizer), (w, policy.offload_parameters)):
         host += round(what * P) * (where == "host")
@@ -187,6 +195,15 @@ def need(cost: Pass, policy: Policy, world: int, card: Card = H200, on_cpu: bool
     reserve = 0 if on_cpu else GPU_RESERVE
     return Need(state + gradients, cost.activations, working, state + gradients + working + reserve, host, disk,
                 _seconds(cost, policy, world, share, card, passes))
+
+
+def _stepping(sizes: tuple[int, ...], gradient_bytes: int, beside_bytes: int) -> int:
+    """The most while parameters are stepped one by one: the gradients that are left, and what the step of one needs."""
+    left, most = gradient_bytes * sum(sizes), 0
+    for size in sizes:
+        most = max(most, left + beside_bytes * size)
+        left -= gradient_bytes * size
+    return most
 
 
 def _seconds(cost: Pass, policy: Policy, world: int, share: int, card: Card, passes: int) -> dict[str, float]:

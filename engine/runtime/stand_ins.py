@@ -35,7 +35,7 @@ def temporal_conv_block(x, groups, norm_weight, norm_bias, weight, bias, indepen
     B, T = x.shape[:2]
     if stats is None:
         stats = _frame_statistics(x.flatten(0, 1), groups)
-    videos = B if independent_frames is None else int((~independent_frames).nonzero().shape[0])
+    videos = B if independent_frames is None else len((~independent_frames).nonzero())
     y = _TemporalConv.apply(x.contiguous(), norm_weight, norm_bias, weight, bias, stats, videos)
     return y, None if next_groups is None else x.new_empty(B * T, next_groups, 2, dtype=torch.float32)
 
@@ -136,12 +136,12 @@ class _TemporalConv(torch.autograd.Function):
 
 
 class Mask(Tensor):
-    """`independent_frames` whose values are known although the tensors around it have none: video samples first."""
+    """`independent_frames` whose values are known although the tensors around it have none."""
 
     @staticmethod
-    def __new__(cls, independent: list[bool], device):
-        mask = torch.empty(len(independent), dtype=torch.bool, device=device).as_subclass(cls)
-        mask.values = independent
+    def __new__(cls, values: tuple[bool, ...], device):
+        mask = torch.tensor(values, device=device).as_subclass(cls)
+        mask.values = values
         return mask
 
     @classmethod
@@ -150,8 +150,16 @@ class Mask(Tensor):
         if func is Tensor.any:
             return any(mask.values)
         if func is Tensor.__invert__:
-            return cls([not value for value in mask.values], mask.device)
-        if func is Tensor.nonzero:
-            return torch.empty(sum(mask.values), 1, dtype=torch.int64, device=mask.device)
+            return _Videos(mask.values.count(False), mask.device)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+class _Videos:
+    """~mask, of which only the number of samples is asked."""
+
+    def __init__(self, count: int, device):
+        self.count, self.device = count, device
+
+    def nonzero(self) -> Tensor:
+        return torch.empty(self.count, 1, dtype=torch.int64, device=self.device)
