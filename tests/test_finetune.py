@@ -108,9 +108,9 @@ def test_help_loads_nothing_heavy():
     assert result.stdout.strip().endswith("[]") and "--preview-prompt" in result.stdout
 
 
-def test_the_plan_loads_nothing(capsys):
-    assert finetune.main(["--plan", "--gpu-memory", "141", "--stages", "base"]) == 0
+def test_the_plan_loads_nothing(tiny, capsys):
+    assert finetune.main(["--plan", "--cascade", str(tiny), "--gpu-memory", "141", "--stages", "base"]) == 0
     assert "base" in capsys.readouterr().out
-    assert finetune.main(["--plan", "--gpu-memory", "0.5", "--stages", "base"]) == 8
+    assert finetune.main(["--plan", "--cascade", str(tiny), "--gpu-memory", "0.5", "--stages", "base"]) == 8
     told = capsys.readouterr()
     assert told.err.startswith("error: ") and len(told.err.strip().splitlines()) == 1

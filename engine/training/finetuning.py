@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamix_kernels import dispatch
 from engine.cascade import Cascade
 from engine.config import STAGE_ORDER, FinetuneConfig
 from engine.errors import DiskError
@@ -72,9 +71,6 @@ class Finetuning:
             for note in dict.fromkeys(notes):
                 self.say(f"note: {note}")
             self.text = self._encode()
-            # what a kernel tries out at its first call must not be taken for a part of a pass that is recomputed or offloaded
-            for dtype in {self.dtype, torch.float32}:
-                dispatch.report(self.cascade.device, dtype)
             self.metrics = self.reporters = None
             if self.first:
                 self.metrics = stack.enter_context(Metrics(self.out / "metrics.jsonl", {k: one.step for k, one in found.items() if one}))
