@@ -16,7 +16,8 @@ from engine.runtime import stand_ins
 from engine.runtime.memory import CARDS, GB, WORLDS, Need, Pass, Policy, best, fits, ladder, need, refuse
 from engine.runtime.roofline import Meter, Offloaded
 
-TEXT_TOKENS = 32
+TEXT_TOKENS = 32        # of the prompt, which is short; attention to text is a few parts in a thousand of a pass
+STAGES = ("base", "ssr1", "ssr2")
 
 
 @contextlib.contextmanager
@@ -46,6 +47,12 @@ def _ops_of(device: str):
 @functools.lru_cache(256)
 def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, device: str, recompute: bool, offload: bool,
          in_backward: int = 0) -> Pass:
+    """One mixed step's forward and backward pass of the stage's network, for samples of these kinds (True: independent frames).
+
+    device: "cuda" (the kernels' stand-ins) or "cpu" (PyTorch's own ops, on tensors of the CPU without memory). in_backward: 0, or how many
+    fp32 copies the optimizer makes of a tensor that it steps in the second of two backward passes. The ops are exchanged for the
+    time of the walk: not to be called beside a network that runs in another thread.
+    """
     where = "meta" if device == "cuda" else "cpu"
     mask = stand_ins.Mask(independent, where)
     with _ops_of(device), torch.device(where):
@@ -58,7 +65,6 @@ def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, 
         text, text_mask = torch.empty(len(video), TEXT_TOKENS, stage.unet.text_dim), torch.empty(len(video), TEXT_TOKENS, dtype=torch.bool)
         meter = Meter()
         meter.hold([*parameters, video, text, text_mask])
-
         applying = False
 
         def complete(p):
@@ -93,9 +99,6 @@ def walk(stage: StageConfig, independent: tuple[bool, ...], dtype: torch.dtype, 
                     hooks.bytes if offload else 0, meter.flops, meter.moved, meter.seconds)
 
 
-STAGES = ("base", "ssr1", "ssr2")
-
-
 def kinds_of(config: FinetuneConfig) -> tuple[bool, ...]:
     """The units of a step, True for a set of independent frames; with `sample_one` the dearer kind."""
     if config.sample_one:
@@ -120,8 +123,8 @@ def plan(cascade: CascadeConfig, stages=STAGES, *, world: int = 1, gpu_bytes: in
 
     gpu_bytes: of one card; None: the run is on the CPU. host_bytes: of the machine, None: not asked. policy None: the best that fits, or
     the most frugal. kinds: the units of a step (Eq. 4), True for independent frames.
-    Records: stage, policy, world, parameters, fits, and per rank in bytes state, activations, working, gpu; host and disk over all ranks;
-    flops of a rank; ms of a step by the roofline of an H200, and its parts; `refusal`, a line, where it does not fit.
+    Records: stage, policy, world, fits, and for each rank in bytes state, activations, working, gpu; host and disk over all ranks;
+    ms of a step by the roofline of an H200 (None on the CPU), and its parts; `refusal`, a line, where it does not fit.
     """
     records = []
     for name in stages:
@@ -135,7 +138,8 @@ def plan(cascade: CascadeConfig, stages=STAGES, *, world: int = 1, gpu_bytes: in
         ok = fits(what, gpu_bytes, host_bytes)
         records.append({
             "stage": name, "policy": chosen, "world": world, "fits": ok, "state": what.state, "activations": what.activations,
-            "working": what.working, "gpu": what.gpu, "host": what.host, "disk": what.disk, "ms": 1e3 * what.step_seconds,
+            "working": what.working, "gpu": what.gpu, "host": what.host, "disk": what.disk,
+            "ms": None if gpu_bytes is None else 1e3 * what.step_seconds,
             "parts_ms": {part: 1e3 * seconds for part, seconds in what.seconds.items()},
             "refusal": None if ok else str(refuse(name, asked, chosen, world, gpu_bytes, host_bytes))})
     return records
@@ -151,11 +155,12 @@ def fit(cascade: CascadeConfig, stages=STAGES, **machine) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    """The records as text for a terminal: GB of 10^9 bytes, per rank; host and disk over all ranks."""
-    lines = [f"{'stage':6} {'ranks':>5} {'state':>7} {'activ.':>7} {'GPU':>7} {'host':>7} {'disk':>7} {'ms/step':>9}  policy"]
+    """The records as text for a terminal: GB of 10^9 bytes of each rank; host and disk of all ranks together."""
+    lines = [f"{'stage':6} {'ranks':>5} {'state':>7} {'activ.':>7} {'all':>7} {'host':>7} {'disk':>7} {'ms/step':>9}  policy"]
     for r in records:
         figures = " ".join(f"{r[key] / GB:>7.1f}" for key in ("state", "activations", "gpu", "host", "disk"))
-        lines.append(f"{r['stage']:6} {r['world']:>5} {figures} {r['ms']:>9.0f}  {r['policy']}" + ("" if r["fits"] else ": DOES NOT FIT"))
+        lines.append(f"{r['stage']:6} {r['world']:>5} {figures} {'-' if r['ms'] is None else format(r['ms'], '.0f'):>9}  {r['policy']}"
+                     + ("" if r["fits"] else ": DOES NOT FIT"))
     return "\n".join(lines)
 
 

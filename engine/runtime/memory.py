@@ -248,7 +248,7 @@ def refuse(stage: str, measure: Measure, policy: Policy, world: int, gpu_bytes: 
     """The error for a policy that does not fit, naming the nearest that does: another policy here, more GPUs, or a larger card."""
     what = measure(policy, world)
     machine = "the CPU" if gpu_bytes is None else f"{world} GPU{'s' * (world > 1)} of {gpu_bytes / GB:.0f} GB"
-    short = f"{what.gpu / GB:.1f} GB per rank (state {what.state / GB:.1f}, activations {what.activations / GB:.1f})"
+    short = f"{what.gpu / GB:.1f} GB for each rank (state {what.state / GB:.1f}, activations {what.activations / GB:.1f})"
     if what.host:
         short += f" and {what.host / GB:.0f} GB of host memory"
     if host_bytes is not None:
@@ -257,9 +257,14 @@ def refuse(stage: str, measure: Measure, policy: Policy, world: int, gpu_bytes: 
     if here := best(measure, world, gpu_bytes, host_bytes, policy.dtype):
         ways.append(f"{here[0]} ({here[1].gpu / GB:.1f} GB)")
     if gpu_bytes is not None:
-        spread = replace(policy, zero3=True) if not policy.in_backward and policy.master == "fp32" else ladder(2, policy.dtype)[-2]
-        more = next((n for n in WORLDS if n > world and fits(measure(spread, n), gpu_bytes, host_bytes)), None)
+        worlds = [n for n in WORLDS if n > world]
+        if not policy.in_backward and policy.master == "fp32":
+            spread = replace(policy, zero3=True)
+            more = next(((n, spread) for n in worlds if fits(measure(spread, n), gpu_bytes, host_bytes)), None)
+        else:                                                    # which ZeRO-3 cannot: what it can
+            more = next(((n, found[0]) for n in worlds if (found := best(measure, n, gpu_bytes, host_bytes, policy.dtype))), None)
         larger = next((size for size in CARDS if size > gpu_bytes and fits(what, size, host_bytes)), None)
-        ways += [f"{more} GPUs ({spread})"] * (more is not None) + [f"a card of {(larger or 0) / GB:.0f} GB"] * (larger is not None)
+        ways += [f"{more[0]} GPUs ({more[1]})"] if more else []
+        ways += [f"a card of {larger / GB:.0f} GB"] if larger else []
     nearest = "nearest that fits: " + ", or ".join(ways) if ways else "nothing here fits it"
     return OutOfMemory(f"{stage}: {policy} needs {short}, which {machine} cannot hold; {nearest}")
