@@ -127,7 +127,7 @@ def test_two_ranks_one_process_and_a_plain_loop_agree(short, tiny, alpha):
 
 
 def test_temporal_convolutions_agree(short, tiny):
-    """One rank has only the clip, the other only frames, for which the convolutions are left out: they have no gradient there."""
+    """One rank has only the clip, the other only frames, for which the blocks are left out: no gradient comes from there."""
     out, ranks = short
     record, plain = in_one_process(tiny, "ssr1")
     zero = load_file(out / "ssr1.safetensors")

@@ -136,6 +136,15 @@ def agreement(tiny, out):
 
 
 def agreement_of_convolutions(tiny, out):
+    """With a kernel that leaves the block out where all frames are independent: this rank's graph then has no temporal weights at all."""
+    from engine.models import attention
+
+    block = attention.temporal_conv_block
+
+    def bypassed(x, *args, **kwargs):
+        return (x, None) if args[-1] is not None and args[-1].all() else block(x, *args, **kwargs)
+
+    attention.temporal_conv_block = bypassed
     return run(tiny, out, "ssr1", stage="ssr1", settings=out / "pieces.json")
 
 
@@ -145,7 +154,7 @@ def resumed(tiny, out):
 
 
 def refused(tiny, out):
-    """Steps 0, 1, then 2 refused by the loop, then 2 again with a NaN on rank 1, then 3."""
+    """Steps 0, 1, then 2 with a NaN on rank 1, then 2 again, refused by the loop, then 3, to which neither must add."""
     engine, what = make(tiny, "base", settings_of(), out / "pieces.json")
     parameters, live, applied = list(engine.engine.module.parameters()), [], []
     for module in engine.engine.module.modules():
@@ -153,12 +162,12 @@ def refused(tiny, out):
             module.register_forward_pre_hook(lambda *_: live.append(sum(p.numel() for p in parameters)))
     advance(engine, *what, range(2))
     save_to(engine, out / "before")
-    skipped, = advance(engine, *what, [2], skip=[2])
-    applied.append(engine.applied)
-    save_to(engine, out / "skipped")
     spoiled, = advance(engine, *what, [2], spoil=(2, 1))
     applied.append(engine.applied)
     save_to(engine, out / "spoiled")
+    skipped, = advance(engine, *what, [2], skip=[2])
+    applied.append(engine.applied)
+    save_to(engine, out / "skipped")
     advance(engine, *what, [3])
     applied.append(engine.applied)
     dump(engine, out / "refused.safetensors")
