@@ -124,7 +124,8 @@ def run(args) -> int:
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            here = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1          # DeepSpeed's launcher, torchrun
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(here)))
     cascade = Cascade.load(args.cascade, device, config.dtype, config.stages)
     with ExitStack() as stack:
         make_engine, ranks = PlainEngine, Alone()
