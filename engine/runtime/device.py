@@ -46,7 +46,8 @@ def _find(name: str) -> torch.device:
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what a freed tensor took: given back, it comes again page by page, each zeroed, at the next layer.
 
-    Sampling the bundled cascade on two cores then takes 6 to 16 % less (wall time per stage, bf16). Elsewhere than on glibc, nothing happens.
+    Sampling the bundled cascade on two cores then takes 6 to 16 % less (wall time per stage, bf16). Where the C library is another,
+    nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -132,7 +132,7 @@ def test_ten_kills(run, unbroken, tmp_path):
 
 @pytest.mark.fault
 def test_eight_signals(run, unbroken, tmp_path):
-    """SIGTERM and SIGINT in turn, at random times: saved and gone within 10 s, each with its code (before the run has begun, the default)."""
+    """SIGTERM and SIGINT in turn, at random times: saved and gone within 10 s, each with its code (the default before the run listens)."""
     numbers, codes = [signal.SIGTERM, signal.SIGINT], [(143, -15), (130, -2)]
     ended = broken_runs(run, unbroken, tmp_path, 8, numbers, seed=1)
     assert all(answer["code"] in codes[i % 2] and answer["took"] < 10 for i, answer in enumerate(ended)), ended
