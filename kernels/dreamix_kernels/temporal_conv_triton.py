@@ -41,8 +41,7 @@ def fused(C: int, dtype: torch.dtype) -> bool:
     is read, by two operations of the special-function unit (3.7 T/s). Up to C = 128 it is read once: the weight of all taps stays on chip
     (6 C^2 bytes) and a program walks through time. Beyond, it is read once per tap and 256 output channels, what a program's registers
     hold: 0.8 of the products' time, less than the 1.2 that are saved at C = 256, more than the 0.6 at C = 512.
-    In fp32 a product without TF32 keeps its operands in registers: enough for C = 32. A part with little shared memory has no room for the
-    weight of 64 < C <= 128.
+    In fp32 a product without TF32 keeps its operands in registers: enough for C = 32. Small parts have no room for 64 < C <= 128.
     """
     if 64 < C <= 128 and _shared_bytes() < WIDE_ROLLING_BYTES:
         return False
@@ -52,7 +51,7 @@ def fused(C: int, dtype: torch.dtype) -> bool:
 @cache
 def _shared_bytes() -> int:
     """Shared memory that a program may have on the smallest GPU there is; without one, as much as any has."""
-    parts = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    parts = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return min((getattr(part, "shared_memory_per_block_optin", 0) or 232448 for part in parts), default=232448)
 
 
@@ -243,10 +242,9 @@ def reference(x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, we
 
 def self_check(device: torch.device, dtype: torch.dtype) -> None:
     """A small mixed batch for each form that this dtype takes: output, its statistics and every gradient. Raises: RuntimeError."""
-    names = ("x", "norm_weight", "norm_bias", "weight", "bias")
-    generator = torch.Generator().manual_seed(0)
-    # with TF32 as it is: what will run is what is checked; its rounding is 2^13 times that of fp32
-    roundings = 4.0 * 2**13 if dtype == torch.float32 and device.type == "cuda" and _tf32() else 16.0
+    names, generator = ("x", "norm_weight", "norm_bias", "weight", "bias"), torch.Generator().manual_seed(0)
+    tf32 = dtype == torch.float32 and device.type == "cuda" and _tf32()    # as it is: what will run is what is checked
+    roundings = 4.0 * 2**13 if tf32 else 16.0
     mask = torch.tensor([False, True], device=device)
     for C, P in ((32, 70), (40, 70)) if dtype == torch.float32 else ((32, 130), (128, 70), (136, 40), (264, 20)):
         shapes = ((2, 3, P, C), (C,), (C,), (C, C, 3), (C,), (2, 3, P, C))
