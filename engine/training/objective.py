@@ -21,6 +21,7 @@ from engine.diffusion.loss import diffusion_loss
 from engine.diffusion.noise import frame_noise
 from engine.diffusion.schedule import CosineSchedule, add_noise
 from engine.models.attention import TemporalAttention
+from engine.models.norm import LayerNorm
 from engine.models.text import TextEmbedding
 
 from .data import batch_seed
@@ -180,7 +181,7 @@ class _Project(torch.autograd.Function):
         return grad @ weight, kept.T @ x[videos].flatten(0, -2), kept.sum(0) if ctx.biased else None, None
 
 
-class _Norm(nn.LayerNorm):
+class _Norm(LayerNorm):
     frames: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:

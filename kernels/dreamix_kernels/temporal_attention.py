@@ -33,8 +33,9 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, independen
         return _attend(q, k, v, bias)
     video = (~independent_frames).nonzero().squeeze(1)
     if video.numel() == 0:
-        # q, k and the bias stay in the graph with a zero gradient: every rank of ZeRO-3 sees the same set
-        return v + 0 * (bias.sum() + q.sum() + k.sum()) if torch.is_grad_enabled() else v
+        # the bias stays in the graph with a zero gradient: every rank of ZeRO-3 sees the same set. Not q and k: a sum of them would carry
+        # one frame's NaN to all
+        return v + 0 * bias.sum() if torch.is_grad_enabled() else v
     return v.index_copy(0, video, _attend(q[video], k[video], v[video], bias))
 
 

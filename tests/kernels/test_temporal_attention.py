@@ -62,6 +62,14 @@ def test_independent_frames_leave_no_gradient_on_queries_keys_and_bias(randn):
     assert dbias.any()
 
 
+@pytest.mark.parametrize("mask", [[True], [False, True]], ids=str)
+def test_queries_and_keys_of_masked_samples_are_not_read_in_training(mask, randn):
+    q, k, v, bias, _ = inputs(randn, B=len(mask))
+    q[-1, 1], k[-1, 2] = float("nan"), float("nan")
+    out = temporal_attention(*(x.requires_grad_() for x in (q, k, v, bias)), torch.tensor(mask))
+    assert torch.equal(out[-1], v[-1])
+
+
 def test_a_frame_of_a_masked_sample_stays_alone_even_as_nan(randn):
     q, k, v, bias, _ = inputs(randn, B=2)
     mask = torch.tensor([True, False])
